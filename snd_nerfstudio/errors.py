@@ -1,0 +1,21 @@
+"""The one kind of error a user's input can cause, and how the command line shows it."""
+
+import sys
+from types import TracebackType
+
+
+class InputError(ValueError):
+    """Something the user gave is wrong; the message names the file or flag, what is wrong, and what to do."""
+
+
+def show_input_errors_without_traceback() -> None:
+    """Let an uncaught `InputError` end the process with its message alone; every other error looks as before."""
+    previous = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if issubclass(kind, InputError):
+            print(f"\nError: {error}", file=sys.stderr)
+        else:
+            previous(kind, error, trace)
+
+    sys.excepthook = hook
