@@ -1,0 +1,1 @@
+"""Reading views, choosing triplets, instance masks, and the procedural rooms that stand in for real scenes."""

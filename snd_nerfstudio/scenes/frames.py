@@ -1,0 +1,278 @@
+"""All frames of a dataset as arrays, and reading some of them as `Views`."""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Optional
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int, UInt8
+from PIL import Image, UnidentifiedImageError
+
+from snd_nerfstudio.errors import InputError
+from snd_nerfstudio.scenes.views import Views
+
+MASK_MODES = ("L", "P", "I", "I;16", "1")
+
+
+@dataclass(frozen=True)
+class Frames:
+    """Every frame of every scene; arrays rather than objects, so that 100,000 frames stay small."""
+
+    image_files: Sequence[Path]
+    """RGB image of each frame."""
+    camera_to_worlds: Float[np.ndarray, "frames 4 4"]
+    """OpenCV camera-to-world."""
+    intrinsics: Float[np.ndarray, "frames 3 3"]
+    """In pixels of the image file; pixel centres at +0.5."""
+    sizes: Int[np.ndarray, "frames 2"]
+    """Height and width of the image file."""
+    scene_index: Int[np.ndarray, "frames"]
+    """Which scene a frame belongs to."""
+    frame_order: Int[np.ndarray, "frames"]
+    """Position of a frame in its scene's capture."""
+    scene_names: tuple[str, ...]
+    """Name of each scene."""
+    distortion: Optional[Float[np.ndarray, "frames 6"]] = None
+    """nerfstudio's k1 k2 k3 k4 p1 p2, or None for ideal pinholes."""
+    mask_files: Optional[Sequence[Optional[Path]]] = None
+    """Instance mask of each frame."""
+    depth_files: Optional[Sequence[Optional[Path]]] = None
+    """Depth map of each frame: 16-bit PNG or ``.npy``."""
+    depth_scale: Optional[Float[np.ndarray, "frames"]] = None
+    """World units per unit stored in a frame's depth file; None = millimetres."""
+
+    def __len__(self) -> int:
+        return len(self.image_files)
+
+
+def check_frames(frames: Frames, needs_masks: bool, needs_depth: bool) -> None:
+    """Find what is wrong with a dataset before training starts, as far as that can be known without decoding it all.
+
+    Args:
+        frames: the dataset.
+        needs_masks: whether every frame must have an instance mask.
+        needs_depth: whether every frame must have a depth map.
+
+    Raises:
+        InputError: a pose is not finite or not invertible, intrinsics are unusable, a file is missing, or the first
+            frame of a scene cannot be read. The message names the file.
+    """
+    finite = np.isfinite(frames.camera_to_worlds).all(axis=(1, 2))
+    if not finite.all():
+        bad = int(np.flatnonzero(~finite)[0])
+        raise InputError(
+            f"{(~finite).sum()} camera poses are not finite, the first one of {frames.image_files[bad]}: mend or "
+            "remove the frame in the scene's transforms file."
+        )
+    rotation = frames.camera_to_worlds[:, :3, :3]
+    orthonormal = np.abs(rotation @ rotation.transpose(0, 2, 1) - np.eye(3)).max(axis=(1, 2)) < 1e-2
+    proper = orthonormal & (np.linalg.det(rotation) > 0)
+    if not proper.all():
+        bad = int(np.flatnonzero(~proper)[0])
+        raise InputError(
+            f"{(~proper).sum()} camera poses are not rigid (a right-handed rotation and a translation), the first one "
+            f"of {frames.image_files[bad]}: the transform matrix must be an invertible camera-to-world without scale."
+        )
+    focal = frames.intrinsics[:, [0, 1], [0, 1]]
+    if not (np.isfinite(frames.intrinsics).all() and (focal > 0).all()):
+        bad = int(np.flatnonzero(~(np.isfinite(frames.intrinsics).all(axis=(1, 2)) & (focal > 0).all(axis=1)))[0])
+        raise InputError(f"Camera intrinsics of {frames.image_files[bad]} are not positive finite numbers.")
+    _check_files_exist(frames, needs_masks, needs_depth)
+    size = (int(frames.sizes[0, 0]), int(frames.sizes[0, 1]))
+    for scene in np.unique(frames.scene_index):
+        first = int(np.flatnonzero(frames.scene_index == scene)[0])
+        load_views(frames, [first], size, with_masks=needs_masks, with_depth=needs_depth)
+
+
+def _check_files_exist(frames: Frames, needs_masks: bool, needs_depth: bool) -> None:
+    wanted: list[tuple[str, Optional[Sequence[Optional[Path]]], str]] = [
+        ("image", frames.image_files, "restore it, or remove the frame from the scene's transforms file")
+    ]
+    if needs_masks:
+        remedy = "instance masks are needed; without them use --pipeline.datamanager.masks none"
+        wanted.append(("instance mask", frames.mask_files, remedy))
+    if needs_depth:
+        wanted.append(("depth map", frames.depth_files, "the `depth` reconstructor needs one for every frame"))
+    for kind, files, remedy in wanted:
+        if files is None:
+            raise InputError(f"No {kind} is known for any frame, e.g. {frames.image_files[0]}: {remedy}.")
+        with ThreadPoolExecutor(8) as pool:  # stat calls wait for the disk, not for the interpreter
+            present = list(pool.map(lambda file: file is not None and file.is_file(), files))
+        if not all(present):
+            bad = present.index(False)
+            name = files[bad] if files[bad] is not None else f"for {frames.image_files[bad]}"
+            count = len(present) - sum(present)
+            raise InputError(f"Missing {kind} {name} ({count} of {len(present)} are missing): {remedy}.")
+
+
+def load_views(
+    frames: Frames, indices: Sequence[int], size: tuple[int, int], with_masks: bool, with_depth: bool
+) -> Views:
+    """Decode and resize some frames.
+
+    Images are resized with a bicubic antialiasing filter, masks and depth maps by nearest neighbour; the intrinsics
+    follow. Lens distortion is removed first. The aspect ratio may change: the two focal lengths then differ.
+
+    Args:
+        frames: the dataset.
+        indices: which frames.
+        size: height and width to resize to.
+        with_masks: read instance masks.
+        with_depth: read depth maps.
+
+    Returns:
+        Views on the CPU, float32.
+
+    Raises:
+        InputError: a file is missing, corrupt, of another kind or size than it should be; the message names it.
+    """
+    height, width = size
+    images, intrinsics, masks, depths = [], [], [], []
+    for index in indices:
+        image_file = frames.image_files[index]
+        image = _read_image(image_file)
+        stored_height, stored_width = (int(n) for n in frames.sizes[index])
+        if image.shape[:2] != (stored_height, stored_width):
+            raise InputError(
+                f"{image_file} has {image.shape[1]}x{image.shape[0]} pixels but its camera was calibrated for "
+                f"{stored_width}x{stored_height}: correct `w` and `h` in the transforms file or restore the image."
+            )
+        mask = read_mask(_file_of(frames.mask_files, index, image_file, "mask")) if with_masks else None
+        if mask is not None and mask.shape != image.shape[:2]:
+            raise InputError(
+                f"{_file_of(frames.mask_files, index, image_file, 'mask')} has {mask.shape[1]}x{mask.shape[0]} pixels "
+                f"but its image has {image.shape[1]}x{image.shape[0]}: a mask must have its image's size."
+            )
+        depth = None
+        if with_depth:
+            scale = 1e-3 if frames.depth_scale is None else float(frames.depth_scale[index])
+            depth = _read_depth(_file_of(frames.depth_files, index, image_file, "depth"), scale, image.shape)
+        matrix = frames.intrinsics[index].astype(np.float64)
+        if frames.distortion is not None and np.abs(frames.distortion[index]).max() > 0:
+            image, mask, depth, matrix = _undistort(image, mask, depth, matrix, frames.distortion[index])
+        resizing = np.array([width / image.shape[1], height / image.shape[0], 1.0])
+        intrinsics.append(torch.from_numpy((resizing[:, None] * matrix).astype(np.float32)))
+        resized = Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)
+        images.append(torch.from_numpy(np.asarray(resized).copy()).permute(2, 0, 1).float() / 255)
+        if mask is not None:
+            masks.append(torch.from_numpy(_compact(_nearest(mask, height, width))))
+        if depth is not None:
+            depths.append(torch.from_numpy(_nearest(depth, height, width)))
+    poses = frames.camera_to_worlds[np.asarray(indices)]
+    return Views(
+        images=torch.stack(images),
+        camera_to_worlds=torch.from_numpy(np.ascontiguousarray(poses)).float(),
+        intrinsics=torch.stack(intrinsics),
+        masks=torch.stack(masks) if masks else None,
+        depths=torch.stack(depths) if depths else None,
+        names=tuple(frames.image_files[index].name for index in indices),
+    )
+
+
+def _file_of(files: Optional[Sequence[Optional[Path]]], index: int, image_file: Path, kind: str) -> Path:
+    file = None if files is None else files[index]
+    if file is None:
+        raise InputError(f"{image_file} has no {kind} file.")
+    return file
+
+
+def _read_image(file: Path) -> UInt8[np.ndarray, "h w 3"]:
+    try:
+        with Image.open(file) as image:
+            return np.asarray(image.convert("RGB"))
+    except FileNotFoundError as error:
+        raise InputError(f"Image {file} does not exist.") from error
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        raise InputError(f"Image {file} cannot be decoded ({error}): restore it or remove the frame.") from error
+
+
+def read_mask(file: Path) -> Int[np.ndarray, "h w"]:
+    """Read instance ids from a single-channel 8-, 16- or 32-bit image.
+
+    Raises:
+        InputError: the file is missing, corrupt or has colour channels.
+    """
+    try:
+        with Image.open(file) as image:
+            if image.mode not in MASK_MODES:
+                raise InputError(
+                    f"Instance mask {file} has mode {image.mode}: it must have one channel of integer ids, not colours."
+                )
+            return np.asarray(image).astype(np.int64)
+    except InputError:
+        raise
+    except FileNotFoundError as error:
+        raise InputError(f"Instance mask {file} does not exist.") from error
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        raise InputError(f"Instance mask {file} cannot be decoded ({error}).") from error
+
+
+def _read_depth(file: Path, scale: float, image_shape: tuple[int, ...]) -> Float[np.ndarray, "h w"]:
+    try:
+        if file.suffix == ".npy":
+            depth = np.load(file, allow_pickle=False).astype(np.float32) * scale
+        else:
+            with Image.open(file) as image:
+                depth = np.asarray(image).astype(np.float32) * scale
+    except FileNotFoundError as error:
+        raise InputError(f"Depth map {file} does not exist.") from error
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        raise InputError(f"Depth map {file} cannot be decoded ({error}).") from error
+    if depth.ndim != 2:
+        raise InputError(f"Depth map {file} has shape {depth.shape}: it must have one channel.")
+    height, width = image_shape[:2]
+    if abs(depth.shape[0] * width - depth.shape[1] * height) > max(height, width):
+        raise InputError(
+            f"Depth map {file} has {depth.shape[1]}x{depth.shape[0]} pixels, another shape than its image "
+            f"({width}x{height}): depth must be registered to the image."
+        )
+    depth = np.where(np.isfinite(depth) & (depth > 0), depth, 0).astype(np.float32)
+    return _nearest(depth, height, width)
+
+
+def _nearest(values: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Nearest-neighbour resize at pixel centres."""
+    if values.shape == (height, width):
+        return values
+    rows = ((np.arange(height) + 0.5) * values.shape[0] / height).astype(np.int64)
+    columns = ((np.arange(width) + 0.5) * values.shape[1] / width).astype(np.int64)
+    return np.ascontiguousarray(values[rows[:, None], columns])
+
+
+def _compact(mask: Int[np.ndarray, "h w"]) -> Int[np.ndarray, "h w"]:
+    """Renumber the ids of one image 1, 2, ... in order of size of id; 0 stays unlabelled."""
+    ids, compact = np.unique(mask, return_inverse=True)
+    numbers = np.arange(1, len(ids) + 1)
+    if 0 in ids:
+        zero = int(np.flatnonzero(ids == 0)[0])
+        numbers = np.where(np.arange(len(ids)) < zero, numbers, numbers - 1)
+        numbers[zero] = 0
+    return numbers[compact].reshape(mask.shape).astype(np.int64)
+
+
+def _undistort(
+    image: UInt8[np.ndarray, "h w 3"],
+    mask: Optional[Int[np.ndarray, "h w"]],
+    depth: Optional[Float[np.ndarray, "h w"]],
+    matrix: Float[np.ndarray, "3 3"],
+    distortion: Float[np.ndarray, "6"],
+) -> tuple[np.ndarray, Optional[np.ndarray], Optional[np.ndarray], Float[np.ndarray, "3 3"]]:
+    """Resample to an ideal pinhole of the same size that shows no pixel from outside the original image."""
+    import cv2
+
+    k1, k2, k3, k4, p1, p2 = (float(k) for k in distortion)
+    coefficients = np.array([k1, k2, p1, p2, k3, k4, 0.0, 0.0])
+    height, width = image.shape[:2]
+    half = np.array([[0.0, 0.0, 0.5], [0.0, 0.0, 0.5], [0.0, 0.0, 0.0]])
+    # OpenCV puts pixel centres at whole numbers, we put them at +0.5
+    new_matrix, _ = cv2.getOptimalNewCameraMatrix(matrix - half, coefficients, (width, height), 0)
+    maps = cv2.initUndistortRectifyMap(matrix - half, coefficients, None, new_matrix, (width, height), cv2.CV_32FC1)  # type: ignore
+    image = cv2.remap(image, *maps, interpolation=cv2.INTER_LINEAR)
+    if mask is not None:
+        mask = cv2.remap(mask.astype(np.float64), *maps, interpolation=cv2.INTER_NEAREST).astype(np.int64)
+    if depth is not None:
+        depth = cv2.remap(depth, *maps, interpolation=cv2.INTER_NEAREST)
+    return image, mask, depth, new_matrix + half

@@ -1,0 +1,163 @@
+"""Choosing context and target views.
+
+Every valid context pair is enumerated once, so a draw cannot fail and needs no retry; a draw depends on
+``(seed, step, rank, item)`` alone, so a resumed run sees exactly the triplets it would have seen.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from snd_nerfstudio.errors import InputError
+
+
+class NoTripletError(InputError):
+    """The dataset is in order, but too short for a single triplet."""
+
+
+TargetView = Literal["between", "between_or_context", "context"]
+"""Where the target lies: strictly between the contexts; anywhere from one to the other, both included (the released
+code); or at one of the contexts (ablation E of the paper's Table 5)."""
+
+
+@dataclass(frozen=True)
+class TripletIndex:
+    """Frame numbers of one triplet, into the list of all frames."""
+
+    context: tuple[int, int]
+    target: int
+
+
+class TripletSampler:
+    """Draws triplets from scenes whose frames are ordered along a camera path (paper section 3.1).
+
+    Args:
+        scene_index: scene number of each frame, ``[frames]``.
+        frame_order: position of each frame in its scene's capture, ``[frames]``; dropped frames leave gaps in it.
+        positions: camera centres ``[frames 3]`` in world units; pairs without baseline are left out.
+        scene_names: for messages.
+        min_gap: smallest difference of ``frame_order`` between the contexts.
+        max_gap: largest such difference.
+        target_view: where the target lies.
+
+    Raises:
+        InputError: the gaps make no sense.
+        NoTripletError: no scene has a valid triplet; the message names the shortest remedy.
+    """
+
+    def __init__(
+        self,
+        scene_index: Int[np.ndarray, "frames"],
+        frame_order: Int[np.ndarray, "frames"],
+        positions: Float[np.ndarray, "frames 3"],
+        scene_names: Sequence[str],
+        min_gap: int = 8,
+        max_gap: int = 12,
+        target_view: TargetView = "between",
+    ) -> None:
+        smallest = 2 if target_view == "between" else 1
+        if not smallest <= min_gap <= max_gap:
+            raise InputError(
+                f"--pipeline.datamanager.min-context-gap {min_gap}, --pipeline.datamanager.max-context-gap {max_gap}: "
+                f"need {smallest} <= min <= max (a target lies between the contexts)."
+            )
+        self.target_view: TargetView = target_view
+        self.scene_names = tuple(scene_names)
+        self.zero_baseline_pairs = 0
+        # pairs[scene][gap] = [n 2] frame numbers; targets are looked up per draw from the sorted frames of the scene
+        self._frames_of_scene: list[Int[np.ndarray, "n"]] = []
+        self._order = np.asarray(frame_order)
+        self._pairs: list[dict[int, Int[np.ndarray, "n 2"]]] = []
+        for scene in range(len(self.scene_names)):
+            frames = np.flatnonzero(scene_index == scene)
+            frames = frames[np.argsort(self._order[frames], kind="stable")]
+            self._frames_of_scene.append(frames)
+            self._pairs.append(self._pairs_of_scene(frames, positions, min_gap, max_gap))
+        self.usable_scenes = np.array([s for s, pairs in enumerate(self._pairs) if pairs], dtype=np.int64)
+        if len(self.usable_scenes) == 0:
+            raise NoTripletError(self._no_triplet_message(min_gap, max_gap))
+
+    def _pairs_of_scene(
+        self, frames: Int[np.ndarray, "n"], positions: Float[np.ndarray, "frames 3"], min_gap: int, max_gap: int
+    ) -> dict[int, Int[np.ndarray, "pairs 2"]]:
+        order = self._order[frames]
+        pairs: dict[int, Int[np.ndarray, "pairs 2"]] = {}
+        for gap in range(min_gap, max_gap + 1):
+            partner = np.searchsorted(order, order + gap)
+            found = (partner < len(order)) & (order[np.minimum(partner, len(order) - 1)] == order + gap)
+            if self.target_view == "between":
+                found &= partner - np.arange(len(order)) > 1  # a frame strictly between survived
+            left = np.flatnonzero(found)
+            candidates = np.stack([frames[left], frames[partner[left]]], axis=1)
+            baseline = np.linalg.norm(positions[candidates[:, 0]] - positions[candidates[:, 1]], axis=1)
+            self.zero_baseline_pairs += int((baseline < 1e-6).sum())
+            candidates = candidates[baseline >= 1e-6]
+            if len(candidates):
+                pairs[gap] = candidates
+        return pairs
+
+    def _no_triplet_message(self, min_gap: int, max_gap: int) -> str:
+        longest = int(np.argmax([len(frames) for frames in self._frames_of_scene]))
+        count = len(self._frames_of_scene[longest])
+        if self.zero_baseline_pairs:
+            return (
+                f"All {self.zero_baseline_pairs} context pairs have the same camera position: a target cannot be "
+                "reconstructed from them. Check the poses (translation column) of the dataset."
+            )
+        return (
+            f"No scene has two frames {min_gap}..{max_gap} frames apart with another frame between them; the longest "
+            f"scene, {self.scene_names[longest]}, has {count} usable frames. Use more frames, or lower "
+            "--pipeline.datamanager.min-context-gap and --pipeline.datamanager.max-context-gap."
+        )
+
+    @property
+    def skipped_scenes(self) -> list[str]:
+        """Names of the scenes too short to give a triplet."""
+        usable = set(self.usable_scenes.tolist())
+        return [name for scene, name in enumerate(self.scene_names) if scene not in usable]
+
+    @property
+    def num_pairs(self) -> int:
+        """How many valid context pairs there are."""
+        return sum(len(pairs) for scene in self._pairs for pairs in scene.values())
+
+    def _targets(self, scene: int, left: int, right: int) -> Int[np.ndarray, "n"]:
+        """All frames that may be the target of a context pair."""
+        if self.target_view == "context":
+            return np.array([left, right], dtype=np.int64)
+        frames = self._frames_of_scene[scene]
+        order = self._order[frames]
+        inside = (order > self._order[left]) & (order < self._order[right])
+        if self.target_view == "between_or_context":
+            inside |= (frames == left) | (frames == right)
+        return frames[inside]
+
+    def draw(self, seed: int, step: int, rank: int = 0, item: int = 0) -> TripletIndex:
+        """One random triplet: scene, gap, pair and target are each drawn uniformly.
+
+        Every scene counts the same however many frames it has (as in the released code, one item per scene and epoch).
+        """
+        generator = np.random.default_rng([seed, step, rank, item])
+        scene = int(generator.choice(self.usable_scenes))
+        pairs = self._pairs[scene]
+        gap = int(generator.choice(np.array(sorted(pairs))))
+        left, right = (int(frame) for frame in pairs[gap][generator.integers(len(pairs[gap]))])
+        target = int(generator.choice(self._targets(scene, left, right)))
+        return TripletIndex((left, right), target)
+
+    def spread(self, count: int) -> list[TripletIndex]:
+        """A fixed list of at most ``count`` triplets spread evenly over scenes and paths, target in the middle."""
+        chosen: list[TripletIndex] = []
+        per_scene = np.bincount(np.arange(count) % len(self.usable_scenes), minlength=len(self.usable_scenes))
+        for scene, wanted in zip(self.usable_scenes.tolist(), per_scene.tolist(), strict=True):
+            gaps = sorted(self._pairs[scene])
+            pairs = self._pairs[scene][gaps[len(gaps) // 2]]
+            taken = min(wanted, len(pairs))
+            for place in range(taken):
+                left, right = (int(f) for f in pairs[(2 * place + 1) * len(pairs) // (2 * taken)])
+                targets = self._targets(scene, left, right)
+                chosen.append(TripletIndex((left, right), int(targets[len(targets) // 2])))
+        return chosen

@@ -1,0 +1,154 @@
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from snd_nerfstudio.errors import InputError
+from snd_nerfstudio.scenes.frames import Frames, check_frames, load_views, read_mask
+
+
+@pytest.fixture
+def frames(tmp_path: Path) -> Frames:
+    """Two frames of 20x30 with masks and depth."""
+    generator = np.random.default_rng(0)
+    images, masks, depths = [], [], []
+    for number in range(2):
+        images.append(tmp_path / f"{number}.png")
+        masks.append(tmp_path / f"mask_{number}.png")
+        depths.append(tmp_path / f"depth_{number}.png")
+        Image.fromarray(generator.integers(0, 255, (20, 30, 3), dtype=np.uint8)).save(images[-1])
+        mask = np.zeros((20, 30), np.uint16)
+        mask[:, 15:] = 700
+        mask[10:, :15] = 40
+        Image.fromarray(mask).save(masks[-1])
+        Image.fromarray(np.full((20, 30), 1500, np.uint16)).save(depths[-1])
+    intrinsics = np.tile(np.array([[25.0, 0, 15], [0, 25.0, 10], [0, 0, 1]]), (2, 1, 1))
+    return Frames(
+        image_files=images,
+        camera_to_worlds=np.tile(np.eye(4), (2, 1, 1)),
+        intrinsics=intrinsics,
+        sizes=np.array([[20, 30], [20, 30]]),
+        scene_index=np.zeros(2, int),
+        frame_order=np.arange(2),
+        scene_names=("s",),
+        mask_files=masks,
+        depth_files=depths,
+    )
+
+
+def load(frames, size=(20, 30), **wanted):
+    return load_views(frames, [0, 1], size, **{"with_masks": True, "with_depth": True, **wanted})
+
+
+def test_images_masks_depth_and_intrinsics_come_together(frames):
+    views = load(frames)
+    stored = np.asarray(Image.open(frames.image_files[0]))
+    torch.testing.assert_close(views.images[0], torch.from_numpy(stored.copy()).permute(2, 0, 1) / 255)
+    # ids are renumbered by size: 0 stays unlabelled, 40 becomes 1, 700 becomes 2
+    assert views.masks[0, 0].tolist() == [0] * 15 + [2] * 15 and views.masks[0, 19].tolist() == [1] * 15 + [2] * 15
+    torch.testing.assert_close(views.depths, torch.full((2, 20, 30), 1.5))
+    assert views.names == ("0.png", "1.png")
+
+
+def test_resizing_keeps_what_a_camera_sees(frames):
+    views = load(frames, (10, 30))
+    assert views.images.shape == (2, 3, 10, 30) and views.masks.shape == views.depths.shape == (2, 10, 30)
+    expected = torch.tensor([[25.0, 0, 15], [0, 12.5, 5], [0, 0, 1]])
+    torch.testing.assert_close(views.intrinsics[0], expected)
+    # a point that lay at pixel (7.5, 12) of 20x30 lies at (7.5, 6) of 10x30
+    torch.testing.assert_close((expected @ torch.tensor([-0.3, 0.08, 1.0]))[:2], torch.tensor([7.5, 6.0]))
+
+
+def test_masks_and_depth_are_read_only_when_wanted(frames):
+    views = load(replace(frames, mask_files=None, depth_files=None), with_masks=False, with_depth=False)
+    assert views.masks is None and views.depths is None
+
+
+def test_depth_in_other_units_and_as_an_array(frames, tmp_path):
+    np.save(tmp_path / "d.npy", np.array([[2.0, np.nan], [np.inf, -1.0]], np.float32).repeat(10, 0).repeat(15, 1))
+    other = replace(frames, depth_files=[tmp_path / "d.npy"] * 2, depth_scale=np.array([1.0, 0.5]))
+    depths = load(other).depths
+    assert depths[0, 0, 0] == 2.0 and depths[1, 0, 0] == 1.0
+    assert (depths[:, 10:] == 0).all() and (depths[:, :10, 15:] == 0).all()  # no value
+
+
+def test_lens_distortion_is_removed(tmp_path):
+    # a straight vertical line bends under barrel distortion and must be straight again afterwards
+    import cv2
+
+    height, width, focal = 120, 160, 100.0
+    k1 = -0.3
+    matrix = np.array([[focal, 0, width / 2], [0, focal, height / 2], [0, 0, 1.0]])
+    x, y = np.meshgrid(np.arange(width) + 0.5, np.arange(height) + 0.5)
+    points = np.stack([x, y], -1).reshape(-1, 1, 2)
+    ideal = cv2.undistortPoints(points, matrix, np.array([k1, 0, 0, 0, 0.0])).reshape(height, width, 2)
+    image = np.where(np.abs(ideal[..., 0] - 0.4) < 0.02, 255, 0).astype(np.uint8)  # the line X / Z = 0.4
+    Image.fromarray(image).convert("RGB").save(tmp_path / "i.png")
+    frames = Frames(
+        image_files=[tmp_path / "i.png"],
+        camera_to_worlds=np.eye(4)[None],
+        intrinsics=matrix[None],
+        sizes=np.array([[height, width]]),
+        scene_index=np.zeros(1, int),
+        frame_order=np.zeros(1, int),
+        scene_names=("s",),
+        distortion=np.array([[k1, 0, 0, 0, 0, 0]]),
+    )
+    views = load_views(frames, [0], (height, width), with_masks=False, with_depth=False)
+    line = views.images[0, 0]
+    columns = (line * (torch.arange(width) + 0.5)).sum(1) / line.sum(1)
+    expected = 0.4 * views.intrinsics[0, 0, 0] + views.intrinsics[0, 0, 2]
+    assert (columns - expected).abs().max() < 0.6
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: f.image_files[1].unlink(), r"1\.png"),
+        (lambda f: f.image_files[0].write_bytes(b"not an image"), r"0\.png cannot be decoded"),
+        (lambda f: f.image_files[0].write_bytes(f.image_files[0].read_bytes()[:200]), r"0\.png cannot be decoded"),
+        (lambda f: Image.new("I;16", (5, 5)).save(f.mask_files[0]), r"mask_0\.png has 5x5 pixels.*30x20"),
+        (lambda f: Image.new("RGB", (30, 20)).save(f.mask_files[0]), r"mask_0\.png has mode RGB"),
+        (lambda f: f.mask_files[0].unlink(), r"mask_0\.png"),
+        (lambda f: f.depth_files[0].unlink(), r"depth_0\.png"),
+        (lambda f: Image.new("I;16", (30, 30)).save(f.depth_files[0]), r"depth_0\.png has 30x30"),
+        (lambda f: Image.new("RGB", (31, 20)).save(f.image_files[0]), r"0\.png has 31x20 pixels but.*30x20"),
+    ],
+)
+def test_a_damaged_file_is_named(frames, damage, message):
+    damage(frames)
+    with pytest.raises(InputError, match=message):
+        check_frames(frames, needs_masks=True, needs_depth=True)
+        load(frames)
+
+
+def test_absent_masks_and_depth_are_refused_before_training_with_the_remedy(frames):
+    with pytest.raises(InputError, match="--pipeline.datamanager.masks none"):
+        check_frames(replace(frames, mask_files=None), needs_masks=True, needs_depth=False)
+    with pytest.raises(InputError, match="`depth` reconstructor needs"):
+        check_frames(replace(frames, depth_files=None), needs_masks=False, needs_depth=True)
+
+
+@pytest.mark.parametrize(
+    ("pose", "message"),
+    [
+        (np.full((4, 4), np.nan), "not finite"),
+        (np.diag([1.0, 1.0, 0.0, 1.0]), "not rigid"),
+        (np.diag([1.0, 1.0, -1.0, 1.0]), "not rigid"),
+        (np.diag([2.0, 2.0, 2.0, 1.0]), "not rigid"),
+    ],
+)
+def test_an_impossible_pose_names_its_frame(frames, pose, message):
+    poses = frames.camera_to_worlds.copy()
+    poses[1] = pose
+    with pytest.raises(InputError, match=rf"{message}.*1\.png"):
+        check_frames(replace(frames, camera_to_worlds=poses), needs_masks=False, needs_depth=False)
+
+
+def test_masks_of_eight_and_sixteen_bits_are_read(tmp_path):
+    for dtype in (np.uint8, np.uint16):
+        Image.fromarray(np.array([[0, 200]], dtype)).save(tmp_path / "m.png")
+        assert read_mask(tmp_path / "m.png").tolist() == [[0, 200]]

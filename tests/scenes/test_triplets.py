@@ -1,0 +1,107 @@
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from snd_nerfstudio.errors import InputError
+from snd_nerfstudio.scenes.triplets import NoTripletError, TripletSampler
+
+
+def sampler(counts=(30, 20), min_gap=8, max_gap=12, target_view="between", order=None, positions=None):
+    scene_index = np.repeat(np.arange(len(counts)), counts)
+    if order is None:
+        order = np.concatenate([np.arange(n) for n in counts])
+    if positions is None:
+        positions = np.stack([np.arange(len(order)) * 0.1, np.zeros(len(order)), np.zeros(len(order))], axis=1)
+    names = [f"s{i}" for i in range(len(counts))]
+    return TripletSampler(scene_index, order, positions, names, min_gap, max_gap, target_view)
+
+
+def test_contexts_are_of_one_scene_the_gap_apart_and_the_target_strictly_between():
+    chosen = sampler()
+    for step in range(500):
+        triplet = chosen.draw(seed=1, step=step)
+        left, right = triplet.context
+        assert 8 <= right - left <= 12 and left < triplet.target < right
+        assert right < 30 or left >= 30
+
+
+def test_a_draw_depends_on_seed_step_rank_and_item_alone():
+    first, second = sampler(), sampler()
+    for _ in range(5):
+        second.draw(seed=3, step=99)
+    assert first.draw(seed=3, step=7) == second.draw(seed=3, step=7)
+    draws = {
+        first.draw(3, 7),
+        *(first.draw(3, 7, rank=rank) for rank in (1, 2)),
+        *(first.draw(3, 7, item=item) for item in (1, 2)),
+        first.draw(4, 7),
+        first.draw(3, 8),
+    }
+    assert len(draws) > 5
+
+
+def test_gaps_and_scenes_are_drawn_evenly_however_long_the_scenes_are():
+    chosen = sampler(counts=(100, 20))
+    draws = [chosen.draw(0, step) for step in range(4000)]
+    gaps = Counter(d.context[1] - d.context[0] for d in draws)
+    assert set(gaps) == {8, 9, 10, 11, 12} and min(gaps.values()) > 700
+    assert 1800 < sum(d.context[0] < 100 for d in draws) < 2200
+
+
+def test_all_pairs_of_a_path_are_enumerated():
+    # 30 frames: 22 + 21 + 20 + 19 + 18 pairs
+    assert sampler(counts=(30,)).num_pairs == 100
+
+
+def test_dropped_frames_leave_gaps_in_the_capture_and_not_closer_neighbours():
+    order = np.array([0, 1, 2, 3, 8, 9, 10, 11])  # frames 4..7 are gone
+    chosen = sampler(counts=(8,), min_gap=8, max_gap=8, order=order)
+    pairs = {chosen.draw(0, step).context for step in range(200)}
+    assert pairs == {(0, 4), (1, 5), (2, 6), (3, 7)}
+
+
+def test_a_pair_without_a_frame_between_is_no_pair():
+    order = np.array([0, 8, 20, 24, 28])
+    assert sampler(counts=(5,), min_gap=8, max_gap=8, order=order).draw(0, 0).context == (2, 4)
+
+
+def test_the_other_target_views():
+    with_contexts = sampler(min_gap=8, max_gap=8, target_view="between_or_context")
+    places = Counter()
+    for step in range(2000):
+        triplet = with_contexts.draw(0, step)
+        places[triplet.target - triplet.context[0]] += 1
+    assert set(places) == set(range(9)) and min(places.values()) > 150
+    contexts_only = sampler(target_view="context")
+    assert all(d.target in d.context for d in (contexts_only.draw(0, step) for step in range(100)))
+
+
+def test_evaluation_triplets_are_fixed_distinct_and_spread_over_scenes():
+    chosen = sampler(counts=(60, 60, 60)).spread(9)
+    assert len(set(chosen)) == 9 and chosen == sampler(counts=(60, 60, 60)).spread(9)
+    assert Counter(t.target // 60 for t in chosen) == {0: 3, 1: 3, 2: 3}
+
+
+def test_pairs_without_baseline_are_left_out_and_counted():
+    positions = np.zeros((30, 3))
+    positions[15:] = 1.0
+    chosen = sampler(counts=(30,), positions=positions)
+    assert chosen.zero_baseline_pairs > 0
+    for step in range(100):
+        left, right = chosen.draw(0, step).context
+        assert left < 15 <= right
+    with pytest.raises(InputError, match="same camera position"):
+        sampler(counts=(30,), positions=np.zeros((30, 3)))
+
+
+def test_a_scene_that_is_too_short_is_named_or_skipped():
+    with pytest.raises(NoTripletError, match=r"s0, has 8 usable frames.*min-context-gap"):
+        sampler(counts=(8,))
+    assert sampler(counts=(30, 4)).skipped_scenes == ["s1"]
+
+
+@pytest.mark.parametrize(("low", "high"), [(1, 5), (9, 8), (0, 0)])
+def test_impossible_gaps_are_refused(low, high):
+    with pytest.raises(InputError, match="min-context-gap"):
+        sampler(min_gap=low, max_gap=high)
