@@ -1,0 +1,1 @@
+"""The distillation objective: DINO head, losses, and the EMA teacher."""

@@ -1,0 +1,86 @@
+import pytest
+import torch
+from torch import nn
+
+from snd_nerfstudio.distillation.ema import EMATeacher
+
+
+class Pair(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Linear(2, 3), nn.Dropout(0.5))
+        self.head = nn.Linear(3, 4)
+        self.backbone[0].bias.requires_grad_(False)
+
+
+def test_only_trainable_parameters_are_shadowed():
+    teacher = EMATeacher(Pair())
+    assert set(teacher.values()) == {"backbone.0.weight", "head.weight", "head.bias"}
+    assert set(teacher.values("head")) == {"weight", "bias"}
+
+
+def test_an_update_is_the_weighted_mean():
+    student = Pair()
+    teacher = EMATeacher(student)
+    before = teacher.values()["head.weight"].clone()
+    with torch.no_grad():
+        student.head.weight += 1.0
+    teacher.update(student, 0.9)
+    torch.testing.assert_close(teacher.values()["head.weight"], before + 0.1)
+    teacher.update(student, 1.0)
+    torch.testing.assert_close(teacher.values()["head.weight"], before + 0.1)
+    teacher.update(student, 0.0)
+    torch.testing.assert_close(teacher.values()["head.weight"], student.head.weight.detach())
+
+
+def test_the_teacher_runs_with_its_own_values_and_the_student_s_frozen_ones():
+    student = Pair()
+    teacher = EMATeacher(student)
+    x = torch.randn(5, 2)
+    expected = student.eval().backbone(x)
+    with torch.no_grad():
+        student.backbone[0].weight += 1.0
+    torch.testing.assert_close(teacher.call(student, "backbone", x), expected)
+    assert not torch.allclose(student.backbone(x), expected)
+
+
+def test_the_teacher_has_no_dropout_unless_asked_and_leaves_the_student_s_mode_alone():
+    student = Pair().train()
+    teacher = EMATeacher(student)
+    x = torch.randn(200, 2)
+    assert torch.equal(teacher.call(student, "backbone", x), teacher.call(student, "backbone", x))
+    assert not torch.equal(
+        teacher.call(student, "backbone", x, dropout=True), teacher.call(student, "backbone", x, dropout=True)
+    )
+    assert student.backbone[1].training
+
+
+def test_a_momentum_outside_the_unit_interval_is_refused():
+    student = Pair()
+    with pytest.raises(ValueError, match="momentum"):
+        EMATeacher(student).update(student, 1.7)
+
+
+def test_matches_the_released_code(golden):
+    vectors = golden("snd_head_loss_ema")
+
+    def load(side):
+        module = nn.Module()
+        module.backbone = nn.Linear(3, 2)
+        module.dino_head = nn.Module()
+        module.dino_head.mlp = nn.Sequential(
+            nn.Linear(12, 16), nn.GELU(), nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 8)
+        )
+        module.dino_head.last_layer = nn.Module()
+        for name in ("weight_g", "weight_v"):
+            value = vectors[f"ema.{side}.dino_head.last_layer.{name}"]
+            module.dino_head.last_layer.register_parameter(name, nn.Parameter(value.clone()))
+        prefix = f"ema.{side}."
+        module.load_state_dict({k[len(prefix) :]: v for k, v in vectors.items() if k.startswith(prefix)})
+        return module
+
+    for momentum in (0.999, 0.0, 1.0):
+        teacher = EMATeacher(load("teacher_before"))
+        teacher.update(load("student"), momentum)
+        for name, value in teacher.values().items():
+            torch.testing.assert_close(value, vectors[f"ema.m{momentum}.{name}"], rtol=0, atol=3e-7)
