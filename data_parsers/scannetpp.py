@@ -1,0 +1,159 @@
+"""The ScanNet++ tree that FiT3D and Splat and Distill prepare: many scenes of undistorted frames under one root.
+
+::
+
+    <root>/metadata/nvs_sem_train.txt, nvs_sem_val.txt            scene names (optional)
+    <root>/scenes/<scene>/transforms_train.json                   intrinsics and poses
+                         /images/DSC01234.JPG
+                         /instance_segmentation/DSC01234.JPG.png  instance ids
+                         /depth/DSC01234.png                      millimetres (optional; the published tree has none)
+"""
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional, Type
+
+import numpy as np
+from jaxtyping import Float
+from nerfstudio.data.dataparsers.base_dataparser import DataParser, DataParserConfig, DataparserOutputs
+from nerfstudio.plugins.registry_dataparser import DataParserSpecification
+from nerfstudio.utils.rich_utils import CONSOLE
+
+from data_parsers.multi_scene import (
+    Frame,
+    Scene,
+    Split,
+    natural_key,
+    read_camera,
+    read_json,
+    read_pose,
+    split_scenes,
+    to_outputs,
+)
+from snd_nerfstudio.errors import InputError
+
+TRAIN_LIST = "nvs_sem_train.txt"
+VAL_LIST = "nvs_sem_val.txt"
+
+
+@dataclass
+class ScanNetppScenesConfig(DataParserConfig):
+    """ScanNet++ as prepared by FiT3D and Splat and Distill: many scenes under one root."""
+
+    _target: Type = field(default_factory=lambda: ScanNetppScenes)
+    """Target class to instantiate."""
+    data: Path = Path("scannetpp")
+    """Root of the tree, the folder that holds `scenes/`."""
+    keep_bad_frames: bool = False
+    """Keep frames that the dataset marks `is_bad`."""
+
+
+@dataclass
+class ScanNetppScenes(DataParser):
+    """Reads every scene of the chosen split."""
+
+    config: ScanNetppScenesConfig
+
+    def _generate_dataparser_outputs(self, split: str = "train", **kwargs: Optional[dict]) -> DataparserOutputs:
+        """All frames of the split's scenes.
+
+        Raises:
+            InputError: the tree is not of this layout, or a file in it is wrong.
+        """
+        root = self.config.data
+        folder = root / "scenes"
+        if not folder.is_dir():
+            raise InputError(
+                f"--data {root}: no folder `scenes` in it. Expected scenes/<scene>/transforms_train.json; for folders "
+                "with a transforms.json end the command with `nerfstudio-scenes`, for other layouts with theirs."
+            )
+        names = sorted(entry.name for entry in folder.iterdir() if (entry / "transforms_train.json").is_file())
+        if not names:
+            raise InputError(f"--data {root}: no scenes/<scene>/transforms_train.json found.")
+        return to_outputs(self._scenes_of_split(names, split))  # type: ignore
+
+    def _scenes_of_split(self, names: list[str], split: Split) -> list[Scene]:
+        train, val = (self._listed(names, file) for file in (TRAIN_LIST, VAL_LIST))
+        if split == "all":
+            return self._read_scenes(names)
+        if val and not train:  # whatever is not listed for validation may be trained on
+            train = [name for name in names if name not in set(val)]
+        if train and val:
+            return self._read_scenes(train if split == "train" else val)
+        known = train or names
+        CONSOLE.log(
+            f"[yellow]{self.config.data}: no scene of metadata/{VAL_LIST} is on disk (or there is no such list); "
+            "the last scenes, or the last frames of the only one, are held out instead."
+        )
+        # of many scenes only those of the wanted side are read
+        if len(known) > 1:
+            chosen = split_scenes([Scene(name, ()) for name in known], split)
+            return self._read_scenes([scene.name for scene in chosen])
+        return split_scenes(self._read_scenes(known), split)
+
+    def _read_scenes(self, names: list[str]) -> list[Scene]:
+        return [self._read_scene(name) for name in names]
+
+    def _listed(self, names: list[str], file: str) -> list[str]:
+        path = self.config.data / "metadata" / file
+        if not path.is_file():
+            return []
+        listed = path.read_text(encoding="utf-8").split()
+        present = [name for name in listed if name in set(names)]
+        if len(present) < len(listed):
+            CONSOLE.log(f"{path}: {len(listed) - len(present)} of {len(listed)} listed scenes are not on disk.")
+        return present
+
+    def _read_scene(self, name: str) -> Scene:
+        folder = self.config.data / "scenes" / name
+        file = folder / "transforms_train.json"
+        content = read_json(file)
+        described: dict[str, dict[str, Any]] = {}
+        # the published tool appended the test frames to `frames`, so some files hold them twice
+        for frame in [*content.get("frames", []), *content.get("test_frames", [])]:
+            if "file_path" not in frame:
+                raise InputError(f"{file}: a frame has no `file_path`.")
+            described.setdefault(Path(frame["file_path"]).name, frame)
+        if not described:
+            raise InputError(f"{file} has no frames.")
+        images = sorted(described, key=natural_key)
+        numbers = [_first_number(image) for image in images]
+        order = numbers if None not in numbers and len(set(numbers)) == len(numbers) else list(range(len(images)))
+        has_depth = (folder / "depth").is_dir()
+        frames = []
+        for number, image in zip(order, images, strict=True):
+            frame = described[image]
+            if frame.get("is_bad", False) and not self.config.keep_bad_frames:
+                continue
+            frames.append(
+                Frame(
+                    image=folder / "images" / image,
+                    order=int(number),  # type: ignore
+                    pose=to_mesh_world(read_pose(frame.get("transform_matrix"), file, image)),
+                    camera=read_camera(content, frame, file),
+                    mask=folder / "instance_segmentation" / f"{image}.png",
+                    depth=folder / "depth" / f"{Path(image).stem}.png" if has_depth else None,
+                )
+            )
+        if not frames:
+            raise InputError(f"{file}: all {len(described)} frames are marked `is_bad`.")
+        return Scene(name, frames)
+
+
+def _first_number(name: str) -> Optional[int]:
+    match = re.search(r"\d+", name)
+    return int(match.group()) if match else None
+
+
+def to_mesh_world(pose: Float[np.ndarray, "4 4"]) -> Float[np.ndarray, "4 4"]:
+    """Undo the world rotation of the stored poses, so that the scene's mesh and its cameras share one world.
+
+    The files hold nerfstudio's usual turn of COLMAP's world: swap rows 0 and 1 and negate row 2 to go back.
+    """
+    return np.array([pose[1], pose[0], -pose[2], pose[3]])
+
+
+scannetpp_scenes = DataParserSpecification(
+    config=ScanNetppScenesConfig(), description="ScanNet++ as prepared by FiT3D and Splat and Distill; many scenes."
+)
