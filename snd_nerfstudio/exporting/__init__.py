@@ -1,0 +1,1 @@
+"""Taking a distilled backbone away."""

@@ -1,0 +1,399 @@
+"""Teacher, student and the loss between them."""
+
+from dataclasses import dataclass, field, fields
+from typing import Any, Dict, Literal, Mapping, Optional, Type, Union
+
+import torch
+from jaxtyping import Bool, Float
+from nerfstudio.cameras.cameras import Cameras
+from nerfstudio.data.scene_box import OrientedBox
+from nerfstudio.models.base_model import Model, ModelConfig
+from nerfstudio.utils.rich_utils import CONSOLE
+from nerfstudio.viewer_legacy.server.viewer_utils import IOChangeException
+from torch import Tensor, nn
+
+from snd_nerfstudio.backbones.lora import LoRASettings, add_adapters, merged
+from snd_nerfstudio.backbones.vit import TokenBackbone, build_backbone, fingerprint
+from snd_nerfstudio.distillation.ema import EMATeacher
+from snd_nerfstudio.distillation.head import DINOHead, HeadSettings
+from snd_nerfstudio.distillation.losses import cosine_similarity, prototype_loss
+from snd_nerfstudio.errors import InputError
+from snd_nerfstudio.scenes.views import Views, ViewTriplet
+from snd_nerfstudio.splatting import Gaussians, rasterize
+from snd_nerfstudio.supervision.coverage import black_tokens
+from snd_nerfstudio.supervision.dense import DenseSupervision, dense_supervision, lift
+from snd_nerfstudio.supervision.settings import SupervisionSettings
+from snd_nerfstudio.viewer.outputs import ShownScene, blank_outputs, render_outputs, shown_scene, to_pinhole
+from snd_nerfstudio.viewer.pca import PCABasis, fit_pca
+
+
+@dataclass
+class SupervisionConfig:
+    """The teacher's path from context tokens to target tokens. None: as the profile says."""
+
+    upsampling: Literal["mask", "bilinear"] = "mask"
+    """Upsample tokens within instance masks, or plainly (ablation B)."""
+    blending: float = 0.5
+    """Weight of a splatted pixel against the mean of its instance region; 1 = no blending (ablation A)."""
+    align_corners: Optional[bool] = None
+    """Put token 0 on pixel row 0 instead of at its patch's centre."""
+    token_label: Optional[Literal["majority", "sample"]] = None
+    """A token's instance: the commonest one in its patch, or that of one pixel."""
+    isolated: Optional[Literal["bilinear", "zero"]] = None
+    """Pixels without a token of their instance: plain bilinear, or zero."""
+    footprint: Optional[Literal["exact", "squared"]] = None
+    """Size of the Gaussians that carry features; `squared` takes variances for deviations."""
+    weighting: Optional[Literal["coverage", "none"]] = None
+    """Average pixels by their coverage, or all alike."""
+    pooling: Optional[Literal["area", "bilinear"]] = None
+    """Pixels to tokens: mean over the cell, or bilinear without antialiasing."""
+    uncovered: Optional[Literal["drop", "keep", "zero"]] = None
+    """Tokens with too little coverage: leave them out of the loss, keep them, or keep them as zeros."""
+    min_coverage: float = 0.5
+    """With `uncovered drop`: least coverage of a token that is learned from."""
+
+    def settings(self) -> SupervisionSettings:
+        """What the supervision functions take; every field must be resolved."""
+        return SupervisionSettings(**{f.name: getattr(self, f.name) for f in fields(SupervisionSettings)})
+
+
+@dataclass
+class SnDModelConfig(ModelConfig):
+    """Backbone, adapters, head, loss and teacher."""
+
+    _target: Type = field(default_factory=lambda: SnDModel)
+    """Target class to instantiate."""
+    enable_collider: bool = False
+    """Not used; nerfstudio's ray models need it."""
+    backbone: str = "dinov2-small"
+    """Which vision transformer: dinov2-small, dinov2-base or tiny."""
+    weights: str = "published"
+    """Its weights: `published` (downloaded once), `random`, or the path of a .safetensors/.pth file."""
+    lora: LoRASettings = field(default_factory=LoRASettings)
+    """Low-rank adapters, the only part of the backbone that is trained."""
+    lora_patch_embed: Optional[bool] = None
+    """Adapt the patch embedding too. None: as the profile says."""
+    head: HeadSettings = field(default_factory=HeadSettings)
+    """DINO head."""
+    loss: Literal["dino", "cosine", "mse"] = "dino"
+    """Cross-entropy over prototypes; cosine between tokens without a head (ablation C); squared error (ablation G)."""
+    student_temperature: float = 1.0
+    """Softmax temperature of the student."""
+    teacher_temperature: float = 1.0
+    """Softmax temperature of the teacher."""
+    ema_momentum: float = 0.999
+    """Share of its old value that the teacher keeps at an update; 1 = frozen teacher (ablations D, G, H)."""
+    ema_every: int = 10
+    """Steps between updates of the teacher."""
+    ema_timing: Optional[Literal["after_optimizer", "before_optimizer"]] = None
+    """Update the teacher after or before the optimiser's step. None: as the profile says."""
+    teacher_dropout: Optional[bool] = None
+    """Leave the adapters' dropout on in the teacher. None: as the profile says."""
+    supervision: SupervisionConfig = field(default_factory=SupervisionConfig)
+    """The teacher's path."""
+
+
+class Student(nn.Module):
+    """What is trained: adapters in a frozen backbone, and the head (None where the loss needs none)."""
+
+    def __init__(self, backbone: TokenBackbone, head: Optional[DINOHead]) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+
+
+@dataclass(frozen=True)
+class TargetTokens:
+    """What the student is to predict for one target view."""
+
+    tokens: Float[Tensor, "h w c"]
+    """Splatted teacher tokens."""
+    learned: Bool[Tensor, "h w"]
+    """Tokens that enter the loss."""
+    zeroed: Bool[Tensor, "h w"]
+    """Tokens that enter it as zeros, on the student's side too."""
+    supervision: DenseSupervision
+    """Every step on the way."""
+
+
+class SnDModel(Model):
+    """Distils splatted teacher tokens into the student (paper section 3.1).
+
+    Keyword arguments besides nerfstudio's: ``seed`` for random weights, adapters and head.
+    """
+
+    config: SnDModelConfig
+
+    def populate_modules(self) -> None:
+        """Build backbone, adapters, head and teacher; slow imports happen here and not before."""
+        config, seed = self.config, int(self.kwargs.get("seed", 42))
+        self._check_config()
+        backbone = build_backbone(config.backbone, config.weights, seed)
+        base = fingerprint(backbone.vit.state_dict())
+        self.adapted_layers = add_adapters(backbone.vit, config.lora, bool(config.lora_patch_embed), seed + 1)
+        head = None
+        if config.loss == "dino":
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed + 2)
+                head = DINOHead(backbone.channels, config.head)
+        self.student = Student(backbone, head)
+        self.teacher = EMATeacher(self.student)
+        self.register_buffer("base_fingerprint", base)
+        self._settings = config.supervision.settings()
+        self._shown: Optional[ShownScene] = None
+        self._basis: Optional[PCABasis] = None
+        self._gaussian_pca: Optional[Tensor] = None
+        self._render_failed = False
+        trained = sum(p.numel() for p in self.student.parameters() if p.requires_grad)
+        CONSOLE.log(
+            f"{config.backbone}: adapters of rank {config.lora.rank} in {len(self.adapted_layers)} layers; "
+            f"{trained:,} trained parameters, {sum(p.numel() for p in self.student.parameters()) - trained:,} frozen."
+        )
+
+    def _check_config(self) -> None:
+        config = self.config
+        if not 0 <= config.ema_momentum <= 1:
+            raise InputError(f"--pipeline.model.ema-momentum {config.ema_momentum} is not in [0, 1].")
+        if config.ema_every < 1:
+            raise InputError(f"--pipeline.model.ema-every {config.ema_every} must be at least 1.")
+        if config.student_temperature <= 0 or config.teacher_temperature <= 0:
+            raise InputError("--pipeline.model.student-temperature and teacher-temperature must be positive.")
+        if not 0 <= config.supervision.blending <= 1:
+            raise InputError(f"--pipeline.model.supervision.blending {config.supervision.blending} is not in [0, 1].")
+
+    # ------------------------------------------------------------------ training
+
+    @torch.no_grad()
+    def supervise(self, triplet: ViewTriplet, gaussians: Gaussians) -> TargetTokens:
+        """The teacher's tokens of the context views, brought to the target view (paper sections 3.3 and 3.4)."""
+        context, target = triplet.context, triplet.target
+        tokens = self.teacher_tokens(context.images)
+        camera = target.camera(0)
+        supervision = dense_supervision(
+            tokens,
+            context.masks,
+            (context.height, context.width),
+            gaussians,
+            camera,
+            target.mask(0),
+            self._settings,
+        )
+        h, w = supervision.coverage.shape
+        everywhere = torch.ones_like(supervision.coverage, dtype=torch.bool)
+        nowhere = ~everywhere
+        if self.config.supervision.uncovered == "drop":
+            learned = supervision.coverage >= self.config.supervision.min_coverage
+            return TargetTokens(supervision.tokens, learned, nowhere, supervision)
+        if self.config.supervision.uncovered == "keep":
+            return TargetTokens(supervision.tokens, everywhere, nowhere, supervision)
+        black = black_tokens(self.splat_colours(triplet, gaussians)[0], h, w)
+        return TargetTokens(supervision.tokens.masked_fill(black[..., None], 0.0), everywhere, black, supervision)
+
+    @torch.no_grad()
+    def splat_colours(
+        self, triplet: ViewTriplet, gaussians: Gaussians
+    ) -> tuple[Float[Tensor, "H W 3"], Float[Tensor, "H W"]]:
+        """The context views' colours splatted into the target view on black, and the coverage."""
+        splat = rasterize(gaussians, triplet.target.camera(0), shown_scene(triplet, gaussians).colours)
+        return splat.features, splat.alpha
+
+    def teacher_tokens(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b h w c"]:
+        """Tokens of the EMA teacher, without gradient."""
+        return self.teacher.call(self.student, "backbone", images, dropout=bool(self.config.teacher_dropout))
+
+    def student_tokens(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b h w c"]:
+        """Tokens of the student; with gradient and dropout while the model is in training mode."""
+        return self.student.backbone(images)
+
+    def forward(  # type: ignore[override]
+        self, triplets: list[ViewTriplet], gaussians: list[Gaussians], seed: int = 0
+    ) -> Dict[str, Tensor]:
+        """Loss and metrics of some triplets; goes through DDP's wrapper, so it returns all the loss needs.
+
+        Args:
+            triplets: all of one image size.
+            gaussians: of each triplet's context views.
+            seed: of the dropout in this step.
+
+        Returns:
+            ``loss`` (scalar with gradient), and detached scalars: ``cosine``, ``coverage``, ``learned_tokens`` (share),
+            ``isolated_pixels`` (share); with the DINO loss also ``kl`` and ``teacher_entropy`` (nats per token).
+        """
+        images = torch.cat([triplet.target.images for triplet in triplets])
+        devices = [images.device] if images.is_cuda else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed)
+            targets = [self.supervise(t, g) for t, g in zip(triplets, gaussians, strict=True)]
+            tokens = self.student_tokens(images)
+        zeroed = torch.stack([target.zeroed for target in targets])
+        learned = torch.stack([target.learned for target in targets])
+        predicted = tokens.masked_fill(zeroed[..., None], 0.0)[learned]
+        wanted = torch.stack([target.tokens for target in targets])[learned]
+        if len(wanted):
+            outputs = self._compare(predicted, wanted)
+        else:  # nothing was covered; every trained parameter still needs a gradient under DDP
+            zeros = [0.0 * p.sum() for p in self.student.parameters() if p.requires_grad]
+            outputs = {"loss": torch.stack(zeros).sum()}
+        supervisions = [target.supervision for target in targets]
+        outputs["coverage"] = torch.stack([s.coverage.mean() for s in supervisions]).mean()
+        outputs["isolated_pixels"] = torch.stack([s.lifted.isolated for s in supervisions]).mean()
+        outputs["learned_tokens"] = learned.float().mean()
+        return outputs
+
+    def _compare(self, predicted: Float[Tensor, "n c"], wanted: Float[Tensor, "n c"]) -> Dict[str, Tensor]:
+        cosine = cosine_similarity(predicted, wanted).mean()
+        outputs = {"cosine": cosine.detach()}
+        if self.config.loss == "cosine":
+            return {"loss": 1 - cosine, **outputs}
+        if self.config.loss == "mse":
+            return {"loss": (predicted.float() - wanted.float()).square().mean(), **outputs}
+        assert self.student.head is not None
+        loss = prototype_loss(
+            self.student.head(predicted),
+            self.teacher.call(self.student, "head", wanted),
+            self.config.student_temperature,
+            self.config.teacher_temperature,
+        )
+        return {
+            "loss": loss.cross_entropy,
+            "kl": loss.kl,
+            "teacher_entropy": loss.teacher_entropy.detach(),
+            **outputs,
+        }
+
+    def update_teacher(self) -> None:
+        """One EMA step (paper section 3.5)."""
+        self.teacher.update(self.student, self.config.ema_momentum)
+        self._gaussian_pca = None
+
+    def get_param_groups(self) -> Dict[str, list[nn.Parameter]]:
+        """Adapters and head, so that each may have its own learning rate."""
+        groups: Dict[str, nn.Module] = {"adapters": self.student.backbone}
+        if self.student.head is not None:
+            groups["head"] = self.student.head
+        return {name: [p for p in module.parameters() if p.requires_grad] for name, module in groups.items()}
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Dict[str, Any]:
+        """What was trained (student and teacher) and the fingerprint of the frozen base, which is not stored itself."""
+        prefix = kwargs.get("prefix", "")
+        before = set(kwargs["destination"]) if kwargs.get("destination") is not None else set()
+        state = super().state_dict(*args, **kwargs)
+        kept = self._stored_names()
+        for key in list(state):
+            if key not in before and key[len(prefix) :] not in kept:
+                del state[key]
+        return state
+
+    def _stored_names(self) -> set[str]:
+        trained = {f"student.{name}" for name, p in self.student.named_parameters() if p.requires_grad}
+        shadow = {f"teacher.{name}" for name, _ in self.teacher.named_buffers()}
+        return trained | shadow | {"base_fingerprint"}
+
+    def load_trained(self, state: Mapping[str, Tensor], source: str) -> None:
+        """Load what `state_dict` gives, strictly.
+
+        Args:
+            state: keys without prefix.
+            source: for messages.
+
+        Raises:
+            InputError: a key is missing, unexpected or of another shape, or the checkpoint was trained on another base.
+        """
+        own = {key: value for key, value in super().state_dict().items() if key in self._stored_names()}
+        problems = [
+            *(f"missing {key}" for key in sorted(own.keys() - state.keys())),
+            *(f"unexpected {key}" for key in sorted(state.keys() - own.keys())),
+            *(
+                f"{key} has shape {tuple(state[key].shape)}, expected {tuple(own[key].shape)}"
+                for key in sorted(own.keys() & state.keys())
+                if own[key].shape != state[key].shape
+            ),
+        ]
+        if problems:
+            more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+            raise InputError(
+                f"{source} does not fit this model: {'; '.join(problems[:3])}{more}. Load it with the method and the "
+                "--pipeline.model flags it was trained with (its config.yml)."
+            )
+        if not torch.equal(state["base_fingerprint"].cpu(), self.base_fingerprint.cpu()):  # type: ignore
+            raise InputError(
+                f"{source} was trained on another base than --pipeline.model.weights {self.config.weights} gives now "
+                f"(backbone {self.config.backbone}): adapters only fit the base they were trained on."
+            )
+        self.load_state_dict(dict(state), strict=False)
+        self._gaussian_pca = None
+
+    @torch.no_grad()
+    def merged_vit(self, which: Literal["teacher", "student"]) -> nn.Module:
+        """A plain timm model with the adapters of teacher or student merged into it."""
+        if which == "teacher":
+            values = self.teacher.values("backbone.vit")
+        else:
+            named = self.student.backbone.vit.named_parameters()
+            values = {name: parameter.detach() for name, parameter in named if parameter.requires_grad}
+        return merged(self.student.backbone.vit, values)
+
+    # ------------------------------------------------------------------ viewer
+
+    def show(self, triplet: ViewTriplet, gaussians: Gaussians) -> None:
+        """Choose the Gaussians that viewer and renderer show."""
+        self._shown = shown_scene(triplet, gaussians)
+        self._gaussian_pca = None
+
+    @torch.no_grad()
+    def pca_basis(self) -> PCABasis:
+        """The joint basis of context, target and student tokens of the shown triplet: fitted once, then frozen."""
+        if self._basis is None:
+            assert self._shown is not None
+            triplet = self._shown.triplet
+            target = self.supervise(triplet, self._shown.gaussians)
+            context = self.teacher_tokens(triplet.context.images)
+            student = self.student_tokens(triplet.target.images)
+            tokens = [context.flatten(0, 2), student.flatten(0, 2), target.tokens[target.learned]]
+            self._basis = fit_pca(torch.cat(tokens))
+        return self._basis
+
+    @torch.no_grad()
+    def _projected_gaussians(self, basis: PCABasis) -> Float[Tensor, "n 3"]:
+        # a render can be interrupted between any two lines, so the result is stored in one assignment at the end
+        projected = self._gaussian_pca
+        if projected is None:
+            assert self._shown is not None
+            context: Views = self._shown.triplet.context
+            tokens = basis.project(self.teacher_tokens(context.images))
+            projected = lift(tokens, context.masks, (context.height, context.width), self._settings).features
+            self._gaussian_pca = projected
+        return projected
+
+    @torch.no_grad()
+    def get_outputs_for_camera(self, camera: Cameras, obb_box: Optional[OrientedBox] = None) -> Dict[str, Tensor]:
+        """Pictures of the shown triplet's Gaussians for any camera, each ``[H, W, 1 or 3]``.
+
+        Never fails: an error would end the browser tab's render thread for good, so it is logged once and grey pictures
+        are returned instead.
+        """
+        pinhole = to_pinhole(camera.to(self.device))
+        try:
+            if self._shown is None:
+                raise RuntimeError("no triplet is shown yet")
+            basis = self.pca_basis()
+            outputs = render_outputs(self._shown, pinhole, self._projected_gaussians(basis), basis, self.student_tokens)
+            self._render_failed = False
+            return outputs
+        except IOChangeException:  # nerfstudio's own signal that a newer camera is waiting
+            raise
+        except Exception as error:  # noqa: BLE001
+            if not self._render_failed:
+                CONSOLE.log(f"[red]Rendering failed, the viewer shows grey: {type(error).__name__}: {error}")
+            self._render_failed = True
+            return blank_outputs(pinhole.height, pinhole.width, self.device)
+
+    def get_outputs(self, ray_bundle: Union[Cameras, Any]) -> Dict[str, Union[Tensor, list]]:
+        """Outputs for a camera; there are no rays here."""
+        return self.get_outputs_for_camera(ray_bundle)  # type: ignore
+
+    def get_image_metrics_and_images(self, outputs: Any, batch: Any) -> Any:
+        """Evaluation is over triplets, in the pipeline."""
+        raise NotImplementedError("evaluated by SnDPipeline")

@@ -1,0 +1,109 @@
+"""Nerfstudio's trainer with exact resuming and checkpoints that are never half-written."""
+
+import copy
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional, Type
+
+import torch
+from nerfstudio.engine.optimizers import Optimizers
+from nerfstudio.engine.schedulers import Scheduler, SchedulerConfig
+from nerfstudio.engine.trainer import Trainer
+from nerfstudio.utils.decorators import check_main_thread
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+
+from snd_nerfstudio.distillation.schedule import warmup_cosine
+from snd_nerfstudio.errors import InputError
+
+
+@dataclass
+class WarmupCosineConfig(SchedulerConfig):
+    """Linear warm-up, then half a cosine to the end of training."""
+
+    _target: Type = field(default_factory=lambda: WarmupCosine)
+    """Target class to instantiate."""
+    steps: Optional[int] = None
+    """Length of the schedule. None: by the profile, which is --max-num-iterations unless it says otherwise."""
+    warmup_share: float = 0.01
+    """Share of the steps that is warm-up."""
+
+
+class WarmupCosine(Scheduler):
+    """Builds the scheduler; its factors are Python floats, which keeps checkpoints readable with weights_only."""
+
+    config: WarmupCosineConfig
+
+    def get_scheduler(self, optimizer: torch.optim.Optimizer, lr_init: float) -> LRScheduler:
+        """A LambdaLR over `warmup_cosine`.
+
+        Raises:
+            InputError: the length is not known or not positive.
+        """
+        steps, warmup_share = self.config.steps, self.config.warmup_share
+        if steps is None or steps < 1:
+            raise InputError(f"The learning-rate schedule has {steps} steps: give at least 1 as --max-num-iterations.")
+        return LambdaLR(optimizer, lambda step: warmup_cosine(step, steps, warmup_share))
+
+
+class SnDTrainer(Trainer):
+    """What differs from nerfstudio's:
+
+    * ``--max-num-iterations`` is where training ends, also for a resumed run (nerfstudio 1.1 adds as many again);
+    * a schedule without a length of its own gets that of the training;
+    * checkpoints are written beside their folder and then renamed into it, so a killed run leaves only whole ones.
+    """
+
+    def setup_optimizers(self) -> Optimizers:
+        """Give every schedule its length, then build the optimisers."""
+        configs: dict[str, Any] = copy.deepcopy(self.config.optimizers)
+        by_profile = getattr(self.pipeline, "schedule_steps", None)
+        for group in configs.values():
+            scheduler = group["scheduler"]
+            if isinstance(scheduler, WarmupCosineConfig) and scheduler.steps is None:
+                scheduler.steps = by_profile or self.config.max_num_iterations
+        return Optimizers(configs, self.pipeline.get_param_groups())
+
+    def train(self) -> None:
+        """Train up to ``max_num_iterations`` steps in all."""
+        total = self.config.max_num_iterations
+        if self._start_step >= total:
+            raise InputError(
+                f"The checkpoint is at step {self._start_step - 1} and training ends at --max-num-iterations {total}: "
+                "there is nothing left to do; give a larger number to go on."
+            )
+        self.config.max_num_iterations = total - self._start_step
+        try:
+            super().train()
+        finally:
+            self.config.max_num_iterations = total
+
+    @check_main_thread
+    def save_checkpoint(self, step: int) -> None:
+        """Write ``step-<step>.ckpt`` whole or not at all; older ones go only afterwards.
+
+        Raises:
+            InputError: the folder cannot be written.
+        """
+        pipeline: Any = getattr(self.pipeline, "module", self.pipeline)
+        state = {
+            "step": step,
+            "pipeline": pipeline.state_dict(),
+            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.optimizers.items()},
+            "schedulers": {name: scheduler.state_dict() for name, scheduler in self.optimizers.schedulers.items()},
+            "scalers": self.grad_scaler.state_dict(),
+        }
+        target: Path = self.checkpoint_dir / f"step-{step:09d}.ckpt"
+        # not in the checkpoint folder: nerfstudio reads a step number from every name in it
+        partial = self.base_dir / f".{target.name}.partial"
+        try:
+            self.checkpoint_dir.mkdir(parents=True, exist_ok=True)
+            torch.save(state, partial)
+            os.replace(partial, target)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise InputError(f"The checkpoint {target} cannot be written ({error.strerror}).") from error
+        if self.config.save_only_latest_checkpoint:
+            for file in self.checkpoint_dir.glob("*.ckpt"):
+                if file != target:
+                    file.unlink()

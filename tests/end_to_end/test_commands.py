@@ -1,0 +1,144 @@
+"""The real commands, one after the other, on small rooms."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.end_to_end.commands import curve, folder_of, run, start, tiny_training
+
+STEPS = 32
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("outputs")
+
+
+@pytest.fixture(scope="module")
+def trained(rooms: Path, outputs: Path) -> Path:
+    """A finished run's folder."""
+    run(*tiny_training(rooms, outputs, "whole", STEPS))
+    return folder_of(outputs, "whole")
+
+
+def test_training_writes_checkpoints_that_open_without_pickle(trained):
+    files = sorted(f.name for f in (trained / "nerfstudio_models").iterdir())
+    assert files == [f"step-{n:09d}.ckpt" for n in (10, 20, 30, 31)]
+    state = torch.load(trained / "nerfstudio_models" / files[-1], weights_only=True)
+    assert set(state) == {"step", "pipeline", "optimizers", "schedulers", "scalers"}
+    assert not list(trained.glob(".*partial"))
+
+
+def test_the_loss_falls(trained):
+    kl = curve(trained, "Train Metrics Dict/kl")
+    assert sorted(kl) == list(range(STEPS))
+    assert sum(kl[s] for s in range(STEPS - 8, STEPS)) < 0.8 * sum(kl[s] for s in range(8))
+
+
+def test_the_learning_rate_warms_up_and_ends_near_zero(trained):
+    rate = curve(trained, "learning_rate/adapters")
+    assert max(rate.values()) == pytest.approx(1e-3, rel=0.02) and rate[STEPS - 1] < 1e-5
+
+
+def test_a_killed_run_resumes_exactly(trained, rooms, outputs):
+    killed = start(*tiny_training(rooms, outputs, "killed", STEPS))
+    checkpoint = folder_of(outputs, "killed") / "nerfstudio_models" / "step-000000010.ckpt"
+    try:
+        for _ in range(1200):
+            if checkpoint.exists() or killed.poll() is not None:
+                break
+            time.sleep(0.1)
+    finally:
+        os.killpg(killed.pid, signal.SIGKILL)
+        killed.communicate()
+    assert checkpoint.exists() and killed.returncode == -signal.SIGKILL
+    run(
+        *tiny_training(rooms, outputs, "resumed", STEPS),
+        "--load-dir",
+        checkpoint.parent,
+        "--load-step",
+        10,
+    )
+    whole, resumed = (curve(folder, "Train Loss") for folder in (trained, folder_of(outputs, "resumed")))
+    assert sorted(resumed) == list(range(11, STEPS))  # the rest, and not as many steps again
+    for step, loss in resumed.items():
+        assert loss == pytest.approx(whole[step], abs=1e-6)
+
+
+def test_a_finished_run_has_nothing_left_to_do(trained, rooms, outputs):
+    printed = run(*tiny_training(rooms, outputs, "again", STEPS), "--load-dir", trained / "nerfstudio_models", expect=1)
+    assert "nothing left to do" in printed and "Traceback" not in printed
+
+
+def test_evaluation_reports_every_metric_over_the_held_out_triplets(trained, tmp_path):
+    run("ns-eval", "--load-config", trained / "config.yml", "--output-path", tmp_path / "eval.json",
+        "--render-output-path", tmp_path / "pictures")  # fmt: skip
+    results = json.loads((tmp_path / "eval.json").read_text())["results"]
+    for name in ("cosine", "coverage", "psnr", "psnr_covered", "kl", "teacher_entropy", "learned_tokens"):
+        assert {name, f"{name}_std"} <= set(results)
+    assert 0.5 < results["cosine"] < 1 and results["coverage"] > 0.9 and results["psnr"] > 15
+    assert len(list((tmp_path / "pictures").glob("eval_*_student_pca.png"))) == 3
+
+
+@pytest.mark.parametrize(("command", "which"), [("ns-export", "teacher"), ("snd-export", "student")])
+def test_the_backbone_is_exported_and_reloads_in_timm(trained, tmp_path, command, which):
+    import timm
+
+    folder = tmp_path / "backbone"
+    run(command, "snd-backbone", "--load-config", trained / "config.yml", "--output-dir", folder, "--which", which)
+    assert sorted(f.name for f in folder.iterdir()) == ["manifest.json", "snd_backbone.safetensors"]
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["which"] == which and manifest["step"] == STEPS - 1
+    assert manifest["largest_token_difference_after_reloading"] < 1e-4
+    vit = timm.create_model(manifest["timm_model"], pretrained=False, **manifest["timm_arguments"]).eval()
+    vit.load_state_dict(load_file(folder / manifest["file"]), strict=True)
+
+    # against the model itself, adapters not merged
+    from snd_nerfstudio.snd_pipeline import load_trained_model
+
+    _, model, _ = load_trained_model(trained / "config.yml")
+    image = torch.rand(1, 3, 112, 168, generator=torch.Generator().manual_seed(1))
+    mean, std = (torch.tensor(manifest[name]).view(3, 1, 1) for name in ("mean", "std"))
+    with torch.no_grad():
+        tokens = vit.forward_features((image - mean) / std)[:, vit.num_prefix_tokens :]
+        own = (model.teacher_tokens if which == "teacher" else model.student_tokens)(image)
+        untrained = model.teacher_tokens(image) if which == "student" else model.student_tokens(image)
+    assert (tokens - own.flatten(1, 2)).abs().max() < 1e-4
+    assert (tokens - untrained.flatten(1, 2)).abs().max() > 1e-3  # teacher and student do differ
+
+
+def test_ns_export_lists_our_command_beside_its_own():
+    printed = run("ns-export", "--help")
+    assert "snd-backbone" in printed and "gaussian-splat" in printed
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--pipeline.profile", "best"], "fixed"),
+        (["--data", "/nowhere"], "--data /nowhere: no such file or folder"),
+    ],
+)
+def test_a_wrong_flag_ends_in_one_clear_error(rooms, outputs, change, message):
+    process = start(*tiny_training(rooms, outputs, "wrong", 2), *change)
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode != 0 and message in printed and "Traceback" not in printed
+
+
+def test_an_unwritable_output_folder_ends_in_one_clear_error(rooms, tmp_path):
+    (tmp_path / "outputs").write_text("a file where the folder should be")
+    process = start(*tiny_training(rooms, tmp_path / "outputs", "wrong", 2))
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode != 0 and "outputs" in printed
+
+
+def test_the_help_of_a_method_names_its_flags_and_the_dataparsers():
+    printed = run("ns-train", "snd", "--help")
+    for name in ("--pipeline.profile", "--pipeline.model.ema-momentum", "scannetpp-scenes", "nerfstudio-scenes"):
+        assert name in printed

@@ -1,0 +1,322 @@
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from nerfstudio.cameras.cameras import Cameras
+
+from snd_nerfstudio.errors import InputError
+from snd_nerfstudio.scenes.rooms import RoomsConfig, generate_rooms
+from snd_nerfstudio.snd_pipeline import SnDPipeline
+from snd_nerfstudio.supervision.pooling import pool
+from snd_nerfstudio.supervision.upsampling import upsample
+from snd_nerfstudio.viewer.outputs import OUTPUT_CHANNELS, to_pinhole
+
+
+@pytest.fixture
+def pipeline(tiny_config) -> SnDPipeline:
+    return tiny_config.pipeline.setup(device="cpu")
+
+
+def step(pipeline, number=0):
+    return pipeline.get_train_loss_dict(number)
+
+
+def camera(height, width, like=None):
+    pose = torch.eye(4)[None, :3] if like is None else like
+    return Cameras(pose, fx=50.0, fy=50.0, cx=width / 2, cy=height / 2, height=height, width=width)
+
+
+def test_a_step_gives_the_loss_and_what_it_is_made_of(pipeline):
+    _, losses, metrics = step(pipeline)
+    loss = losses["distillation"]
+    assert loss.requires_grad and not any(value.requires_grad for value in metrics.values())
+    assert float(loss) == pytest.approx(float(metrics["teacher_entropy"] + metrics["kl"]), abs=1e-5)
+    assert metrics["kl"] > 0 and 0 < metrics["cosine"] < 1
+    assert metrics["coverage"] > 0.9 and metrics["learned_tokens"] > 0.9
+
+
+def test_only_adapters_and_head_are_trained_and_all_of_them_get_a_gradient(pipeline):
+    step(pipeline)[1]["distillation"].backward()
+    trained = {name for name, p in pipeline.model.named_parameters() if p.requires_grad and p.numel()}
+    assert trained and all("lora_" in name or name.startswith("student.head.") for name in trained)
+    for name, parameter in pipeline.model.named_parameters():
+        if name in trained:
+            assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
+    groups = pipeline.get_param_groups()
+    assert set(groups) == {"adapters", "head"} and sum(map(len, groups.values())) == len(trained)
+
+
+def test_the_teacher_starts_as_the_student_and_shares_its_base(pipeline):
+    model = pipeline.model
+    image = torch.rand(1, 3, 56, 84)
+    model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model.teacher_tokens(image), model.student_tokens(image))
+        for name, parameter in model.student.named_parameters():
+            if "lora_B" in name:
+                parameter += 0.3
+        assert not torch.allclose(model.teacher_tokens(image), model.student_tokens(image), atol=1e-2)
+        model.teacher.update(model.student, momentum=0.0)
+        torch.testing.assert_close(model.teacher_tokens(image), model.student_tokens(image))
+    shadowed = sum(buffer.numel() for buffer in model.teacher.buffers())
+    assert shadowed == sum(p.numel() for p in model.student.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize(
+    ("timing", "momentum"), [("after_optimizer", 0.5), ("before_optimizer", 0.5), ("after_optimizer", 1.0)]
+)
+def test_the_teacher_moves_every_so_many_steps_at_its_time_or_never(tiny_config, clean_writers, timing, momentum):
+    tiny_config.pipeline.model.ema_timing = timing
+    tiny_config.pipeline.model.ema_momentum = momentum
+    tiny_config.pipeline.model.ema_every = 2
+    trainer = tiny_config.setup()
+    trainer.setup()
+    moved = []
+    before = copy.deepcopy(trainer.pipeline.model.teacher.values())
+    original = trainer.pipeline.model.update_teacher
+
+    def watched():
+        moved.append(trainer.step)
+        original()
+
+    trainer.pipeline.model.update_teacher = watched
+    trainer.train()
+    assert moved == ([0, 2, 4] if momentum < 1 else [])
+    after = trainer.pipeline.model.teacher.values()
+    changed = any(not torch.equal(before[name], after[name]) for name in before)
+    assert changed == (momentum < 1)
+
+
+@pytest.mark.parametrize("loss", ["cosine", "mse"])
+def test_the_losses_without_a_head(tiny_config, loss):
+    tiny_config.pipeline.model.loss = loss
+    pipeline = tiny_config.pipeline.setup(device="cpu")
+    assert pipeline.model.student.head is None and set(pipeline.get_param_groups()) == {"adapters"}
+    _, losses, metrics = step(pipeline)
+    if loss == "cosine":
+        assert float(losses["distillation"]) == pytest.approx(1 - float(metrics["cosine"]), abs=1e-6)
+    losses["distillation"].backward()
+
+
+@pytest.mark.parametrize("profile", ["fixed", "paper", "official"])
+def test_every_profile_trains(tiny_config, profile):
+    tiny_config.pipeline.profile = profile
+    pipeline = tiny_config.pipeline.setup(device="cpu")
+    _, losses, metrics = step(pipeline)
+    losses["distillation"].backward()
+    assert torch.isfinite(losses["distillation"])
+    assert (metrics["isolated_pixels"] > 0) and metrics["learned_tokens"] > 0.9
+
+
+def test_uncovered_tokens_are_dropped_kept_or_zeroed(tiny_config):
+    outputs = {}
+    for rule in ("drop", "keep", "zero"):
+        config = copy.deepcopy(tiny_config)
+        config.pipeline.model.supervision.uncovered = rule
+        pipeline = config.pipeline.setup(device="cpu")
+        (triplet,) = pipeline.datamanager.next_train(0)
+        triplet.context.depths[:, :, 30:] = 0  # the right side of both contexts has no geometry
+        gaussians = pipeline.datamanager.reconstruct(triplet.context)
+        outputs[rule] = pipeline.model.supervise(triplet, gaussians)
+    assert 0.2 < outputs["drop"].learned.float().mean() < 0.9
+    assert outputs["keep"].learned.all() and not outputs["keep"].zeroed.any()
+    assert outputs["zero"].learned.all() and 0.1 < outputs["zero"].zeroed.float().mean() < 0.8
+    assert (outputs["zero"].tokens[outputs["zero"].zeroed] == 0).all()
+
+
+def test_a_step_without_any_covered_token_has_no_loss_but_gradients(pipeline):
+    (triplet,) = pipeline.datamanager.next_train(0)
+    gaussians = pipeline.datamanager.reconstruct(triplet.context)
+    gaussians.opacities.zero_()
+    outputs = pipeline.model([triplet], [gaussians])
+    assert float(outputs["loss"]) == 0 and float(outputs["learned_tokens"]) == 0
+    outputs["loss"].backward()
+    assert all(p.grad is not None for p in pipeline.model.student.parameters() if p.requires_grad)
+
+
+def test_dropout_in_the_student_follows_the_step_and_leaves_the_global_generator_alone(tiny_config):
+    tiny_config.pipeline.model.lora.dropout = 0.5
+    pipeline = tiny_config.pipeline.setup(device="cpu").train()
+    with torch.no_grad():
+        for name, parameter in pipeline.model.student.named_parameters():
+            if "lora_B" in name:
+                parameter += 0.5
+    torch.manual_seed(1)
+    first = float(step(pipeline, 3)[1]["distillation"].detach())
+    drawn = torch.rand(1)
+    again = float(step(pipeline, 3)[1]["distillation"].detach())
+    torch.manual_seed(1)
+    assert first == again and torch.equal(drawn, torch.rand(1))
+    (triplet,) = pipeline.datamanager.next_train(3)
+    gaussians = pipeline.datamanager.reconstruct(triplet.context)
+    losses = {float(pipeline.model([triplet], [gaussians], seed)["loss"].detach()) for seed in range(4)}
+    assert len(losses) == 4
+
+
+# ---------------------------------------------------------------------- checkpoints
+
+
+def test_a_checkpoint_holds_only_what_was_trained(pipeline):
+    state = pipeline.state_dict()
+    assert all(
+        key.startswith(("_model.student.", "_model.teacher.")) or key == "_model.base_fingerprint" for key in state
+    )
+    assert not any("base_layer" in key or "pos_embed" in key for key in state)
+    trained = sum(p.numel() for p in pipeline.model.student.parameters() if p.requires_grad)
+    assert sum(value.numel() for value in state.values()) == 2 * trained + 32
+
+
+def test_a_checkpoint_comes_back_exactly(tiny_config):
+    first = tiny_config.pipeline.setup(device="cpu")
+    with torch.no_grad():
+        for parameter in first.model.student.parameters():
+            if parameter.requires_grad:
+                parameter += torch.randn_like(parameter)
+    first.model.teacher.update(first.model.student, 0.3)
+    second = tiny_config.pipeline.setup(device="cpu")
+    second.load_pipeline({f"module.{k}".removeprefix("module."): v for k, v in first.state_dict().items()}, step=3)
+    for key, value in first.state_dict().items():
+        assert torch.equal(second.state_dict()[key], value), key
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda s: s.pop("_model.student.head.mlp.0.bias"), "missing student.head.mlp.0.bias"),
+        (lambda s: s.update({"_model.extra": torch.zeros(1)}), "unexpected extra"),
+        (
+            lambda s: s.update({"_model.student.head.mlp.0.bias": torch.zeros(3)}),
+            r"has shape \(3,\), expected \(512,\)",
+        ),
+        (lambda s: s["_model.base_fingerprint"].add_(1), "trained on another base"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_refused(pipeline, damage, message):
+    state = {key: value.clone() for key, value in pipeline.state_dict().items()}
+    damage(state)
+    with pytest.raises(InputError, match=message):
+        pipeline.load_pipeline(state, step=0)
+
+
+def test_another_seed_means_another_random_base(tiny_config):
+    state = tiny_config.pipeline.setup(device="cpu").state_dict()
+    tiny_config.pipeline.seed = 43
+    with pytest.raises(InputError, match="another base"):
+        tiny_config.pipeline.setup(device="cpu").load_pipeline(state, step=0)
+
+
+# ---------------------------------------------------------------------- viewer
+
+
+@pytest.mark.parametrize(("height", "width"), [(30, 52), (512, 402), (1, 1)])
+def test_outputs_have_the_cameras_size_and_are_finite(pipeline, height, width):
+    outputs = pipeline.model.eval().get_outputs_for_camera(camera(height, width))
+    assert list(outputs) == list(OUTPUT_CHANNELS)
+    for name, channels in OUTPUT_CHANNELS.items():
+        assert outputs[name].shape == (height, width, channels) and torch.isfinite(outputs[name]).all()
+    for name in ("rgb", "splatted_pca", "student_pca", "accumulation"):
+        assert outputs[name].min() >= 0 and outputs[name].max() <= 1 + 1e-5
+
+
+def test_the_outputs_at_the_target_camera_show_the_target(pipeline):
+    data = pipeline.datamanager
+    target = data.shown_triplet.target
+    pose = target.camera_to_worlds[0, :3].clone()
+    pose[:, 1:] *= torch.tensor([-1.0, -1.0, 1.0])  # nerfstudio's axes
+    k = target.intrinsics[0]
+    view = Cameras(pose[None], fx=k[0, 0], fy=k[1, 1], cx=k[0, 2], cy=k[1, 2], height=56, width=84)
+    torch.testing.assert_close(to_pinhole(view).camera_to_world, target.camera_to_worlds[0])
+    outputs = pipeline.model.eval().get_outputs_for_camera(view)
+    assert (outputs["rgb"] - target.images[0].permute(1, 2, 0)).abs().mean() < 0.06
+    # nerfstudio measures depth along the ray: longer than along the axis, most of all in the corners
+    z = outputs["depth"][..., 0] / ((view.generate_rays(camera_indices=0).metadata["directions_norm"])[..., 0])
+    depth_from_file = data.shown_triplet.context.depths
+    assert depth_from_file.min() * 0.5 < z.median() < depth_from_file.max()
+    assert outputs["splatted_pca"].flatten(0, 1).std(0).min() > 0.02
+
+
+def test_a_failing_render_gives_grey_pictures_and_one_line_in_the_log(pipeline, capsys):
+    pipeline.model.eval()
+    healthy = pipeline.model._shown
+    pipeline.model._shown = None
+    for _ in range(3):
+        outputs = pipeline.model.get_outputs_for_camera(camera(6, 8))
+        assert all((value == 0.5).all() for value in outputs.values())
+    assert capsys.readouterr().out.count("Rendering failed") == 1
+    pipeline.model._shown = healthy
+    assert not (pipeline.model.get_outputs_for_camera(camera(6, 8))["rgb"] == 0.5).all()
+
+
+def test_an_interrupted_render_is_passed_on_and_leaves_the_caches_whole(pipeline, monkeypatch):
+    from nerfstudio.viewer_legacy.server.viewer_utils import IOChangeException
+
+    model = pipeline.model.eval()
+
+    def interrupted(images):
+        raise IOChangeException
+
+    monkeypatch.setattr(model, "teacher_tokens", interrupted)
+    with pytest.raises(IOChangeException):
+        model.get_outputs_for_camera(camera(6, 8))
+    monkeypatch.undo()
+    assert torch.isfinite(model.get_outputs_for_camera(camera(6, 8))["splatted_pca"]).all()
+
+
+# ---------------------------------------------------------------------- identity check
+
+
+def test_on_rooms_a_view_splatted_onto_itself_returns_the_teachers_tokens(tiny_config, tmp_path):
+    """One context equals the target and the depth is exact: what comes back is what went in, up to resampling.
+
+    Upsampling and pooling alone smooth random tokens (to a cosine of about 0.93), so that is what splatting, which
+    comes between the two, is compared with.
+    """
+    folder = generate_rooms(RoomsConfig(out=tmp_path / "rooms", scenes=2, seed=3, height=112, width=168, frames=12))
+    tiny_config.pipeline.datamanager.data = folder
+    tiny_config.pipeline.datamanager.image_size = (112, 168)
+    tiny_config.pipeline.datamanager.target_view = "context"
+    tiny_config.pipeline.datamanager.min_context_gap = 4
+    tiny_config.pipeline.datamanager.max_context_gap = 6
+    tiny_config.pipeline.model.supervision.blending = 1.0
+    pipeline = tiny_config.pipeline.setup(device="cpu")
+    settings = pipeline.model.config.supervision.settings()
+    for number in range(3):
+        pair = pipeline.datamanager.eval_triplet(number)
+        same = pair.context.names.index(pair.target.names[0])
+        alone = {name: value[same : same + 1] for name, value in vars(pair.context).items() if torch.is_tensor(value)}
+        tokens = pipeline.model.teacher_tokens(pair.target.images)[0]
+        resampled = pool(upsample(tokens, pair.target.mask(0), (112, 168), settings), 8, 12)
+        mean = tokens.flatten(0, 1).mean(0)
+        # random tokens share a large mean, which alone would give a high cosine: the rest must agree too
+        similarities = {}
+        for name, triplet in (("alone", replace(pair, context=replace(pair.context, **alone))), ("with another", pair)):
+            result = pipeline.model.supervise(triplet, pipeline.datamanager.reconstruct(triplet.context))
+            whole = torch.cosine_similarity(result.tokens, resampled, dim=-1).mean()
+            rest = torch.cosine_similarity(result.tokens - mean, resampled - mean, dim=-1).mean()
+            similarities[name] = (float(whole), float(rest))
+        print("splatted onto itself, cosine and cosine without the mean token:", similarities)
+        assert min(similarities["alone"]) > 0.98
+        # the second context sees the same surfaces under its own patch grid, and a random ViT is not consistent
+        assert min(similarities["with another"]) > 0.85
+
+
+# ---------------------------------------------------------------------- bad settings
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: setattr(c.model, "weights", "/nowhere.pth"), "/nowhere.pth: no such file"),
+        (lambda c: setattr(c.model, "backbone", "resnet"), "Unknown backbone"),
+        (lambda c: setattr(c.model, "ema_momentum", 1.5), "ema-momentum"),
+        (lambda c: setattr(c.model, "ema_every", 0), "ema-every"),
+        (lambda c: setattr(c.model, "teacher_temperature", 0.0), "temperature"),
+        (lambda c: setattr(c.model.supervision, "blending", 2.0), "blending"),
+        (lambda c: setattr(c.datamanager, "max_context_gap", 3), "max-context-gap"),
+    ],
+)
+def test_a_senseless_setting_is_refused_before_training(tiny_config, change, message):
+    change(tiny_config.pipeline)
+    with pytest.raises(InputError, match=message):
+        tiny_config.pipeline.setup(device="cpu")
