@@ -16,13 +16,12 @@ from snd_nerfstudio.exporting.cli import COMMANDS
 from snd_nerfstudio.snd_datamanager import SnDDataManagerConfig
 from snd_nerfstudio.snd_model import SnDModelConfig, SupervisionConfig
 from snd_nerfstudio.snd_pipeline import SnDPipelineConfig
-from snd_nerfstudio.snd_trainer import SnDTrainer, WarmupCosineConfig
+from snd_nerfstudio.snd_trainer import SnDTrainerConfig, WarmupCosineConfig
 
 
 def trainer(method_name: str, pipeline: SnDPipelineConfig, adapters_learning_rate: float = 2e-5) -> TrainerConfig:
     """The shared default: 50,000 steps of Adam at 2e-5 with 1 % warm-up and a cosine (paper appendix A.3)."""
-    return TrainerConfig(
-        _target=SnDTrainer,
+    return SnDTrainerConfig(
         method_name=method_name,
         steps_per_save=1000,
         steps_per_eval_batch=100,

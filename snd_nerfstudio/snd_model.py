@@ -124,6 +124,11 @@ class SnDModel(Model):
 
     config: SnDModelConfig
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # nerfstudio's empty marker never gets a gradient, and DDP would wait for it instead of averaging
+        self.device_indicator_param.requires_grad_(False)
+
     def populate_modules(self) -> None:
         """Build backbone, adapters, head and teacher; slow imports happen here and not before."""
         config, seed = self.config, int(self.kwargs.get("seed", 42))

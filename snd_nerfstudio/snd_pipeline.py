@@ -1,5 +1,6 @@
 """One training step, evaluation, checkpoints, and what the viewer is given."""
 
+import pickle
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Dict, List, Literal, Optional, Tuple, Type, cast
@@ -299,7 +300,10 @@ def load_trained_model(load_config: Path) -> Tuple[Any, SnDModel, int]:
     checkpoints = sorted(folder.glob("step-*.ckpt"))
     if not checkpoints:
         raise InputError(f"{folder}: no checkpoint (step-*.ckpt) of this run.")
-    state = torch.load(checkpoints[-1], map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(checkpoints[-1], map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise InputError(f"The checkpoint {checkpoints[-1]} cannot be read ({error}).") from error
     model = config.pipeline.model.setup(
         scene_box=SceneBox(aabb=torch.tensor([[-1.0, -1.0, -1.0], [1.0, 1.0, 1.0]])),
         num_train_data=0,

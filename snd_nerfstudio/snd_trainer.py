@@ -2,6 +2,7 @@
 
 import copy
 import os
+import pickle
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional, Type
@@ -9,7 +10,7 @@ from typing import Any, Optional, Type
 import torch
 from nerfstudio.engine.optimizers import Optimizers
 from nerfstudio.engine.schedulers import Scheduler, SchedulerConfig
-from nerfstudio.engine.trainer import Trainer
+from nerfstudio.engine.trainer import Trainer, TrainerConfig
 from nerfstudio.utils.decorators import check_main_thread
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
@@ -46,6 +47,27 @@ class WarmupCosine(Scheduler):
         return LambdaLR(optimizer, lambda step: warmup_cosine(step, steps, warmup_share))
 
 
+@dataclass
+class SnDTrainerConfig(TrainerConfig):
+    """Nerfstudio's training settings."""
+
+    _target: Type = field(default_factory=lambda: SnDTrainer)
+    """Target class to instantiate."""
+
+    def save_config(self) -> None:
+        """Write ``config.yml`` into the run's folder: the first thing that is written at all.
+
+        Raises:
+            InputError: the folder cannot be written.
+        """
+        try:
+            super().save_config()
+        except OSError as error:
+            raise InputError(
+                f"--output-dir {self.output_dir} cannot be written ({error.strerror}): choose another."
+            ) from error
+
+
 class SnDTrainer(Trainer):
     """What differs from nerfstudio's:
 
@@ -63,6 +85,23 @@ class SnDTrainer(Trainer):
             if isinstance(scheduler, WarmupCosineConfig) and scheduler.steps is None:
                 scheduler.steps = by_profile or self.config.max_num_iterations
         return Optimizers(configs, self.pipeline.get_param_groups())
+
+    def _load_checkpoint(self) -> None:
+        """Resume, if asked to.
+
+        Raises:
+            InputError: there is no checkpoint, or it is damaged or of another method.
+        """
+        folder = self.config.load_dir
+        if folder is not None and not list(folder.glob("step-*.ckpt")):
+            raise InputError(f"--load-dir {folder}: no step-*.ckpt there; it is <run folder>/nerfstudio_models.")
+        try:
+            super()._load_checkpoint()
+        except (RuntimeError, EOFError, KeyError, AssertionError, pickle.UnpicklingError) as error:
+            where = folder if folder is not None else self.config.load_checkpoint
+            raise InputError(
+                f"The checkpoint of {where} cannot be loaded ({error}): choose another with --load-step."
+            ) from error
 
     def train(self) -> None:
         """Train up to ``max_num_iterations`` steps in all."""

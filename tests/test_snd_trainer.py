@@ -1,0 +1,85 @@
+import copy
+
+import pytest
+import torch
+
+from snd_nerfstudio.errors import InputError
+from snd_nerfstudio.snd_trainer import WarmupCosine, WarmupCosineConfig
+
+
+@pytest.fixture
+def finished(tiny_config, clean_writers):
+    """A six-step run with a checkpoint every two steps."""
+    tiny_config.steps_per_save = 2
+    tiny_config.save_only_latest_checkpoint = False
+    trainer = tiny_config.setup()
+    trainer.setup()
+    trainer.train()
+    return trainer
+
+
+def resume(tiny_config, trainer, **settings):
+    config = copy.deepcopy(tiny_config)
+    config.load_dir = trainer.checkpoint_dir
+    config.timestamp = "resumed"
+    for name, value in settings.items():
+        setattr(config, name, value)
+    resumed = config.setup()
+    resumed.setup()
+    return resumed
+
+
+def test_resuming_ends_in_the_same_weights(tiny_config, finished):
+    resumed = resume(tiny_config, finished, load_step=2)
+    resumed.train()
+    assert resumed.step == finished.step == 5
+    for key, value in finished.pipeline.state_dict().items():
+        assert torch.equal(resumed.pipeline.state_dict()[key], value), key
+    assert resumed.config.max_num_iterations == 6
+
+
+def test_schedules_get_the_length_of_the_training_unless_they_have_one(tiny_config, finished):
+    assert tiny_config.optimizers["head"]["scheduler"].steps is None  # the given config is not changed
+    rates = [finished.optimizers.schedulers[group].get_last_lr()[0] for group in ("adapters", "head")]
+    assert rates == pytest.approx([0.0, 0.0], abs=1e-9)
+    config = copy.deepcopy(tiny_config)
+    config.optimizers["head"]["scheduler"].steps = 1000
+    config.pipeline.profile = "official"
+    trainer = config.setup()
+    trainer.setup()
+    schedulers = trainer.optimizers.schedulers
+    # halfway through their warm-up of 1 %: 5 of 1,000 steps and 1,500 of 300,011
+    factors = {group: schedulers[group].lr_lambdas[0] for group in schedulers}
+    assert factors["head"](5) == pytest.approx(0.52) and factors["adapters"](1500) == pytest.approx(0.52, abs=1e-3)
+
+
+def test_a_schedule_without_a_length_is_refused():
+    optimizer = torch.optim.Adam([torch.zeros(1, requires_grad=True)])
+    with pytest.raises(InputError, match="--max-num-iterations"):
+        WarmupCosine(WarmupCosineConfig()).get_scheduler(optimizer, 1.0)
+
+
+def test_a_write_that_fails_keeps_the_checkpoints_that_are_there(finished, monkeypatch):
+    before = sorted(finished.checkpoint_dir.iterdir())
+
+    def no_space(state, file):
+        file.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", no_space)
+    finished.config.save_only_latest_checkpoint = True
+    with pytest.raises(InputError, match="No space left on device"):
+        finished.save_checkpoint(99)
+    assert sorted(finished.checkpoint_dir.iterdir()) == before
+    assert not list(finished.base_dir.glob(".*partial"))
+
+
+def test_a_damaged_or_missing_checkpoint_is_named(tiny_config, finished):
+    newest = finished.checkpoint_dir / "step-000000005.ckpt"
+    newest.write_bytes(newest.read_bytes()[:1000])
+    with pytest.raises(InputError, match="cannot be loaded.*--load-step"):
+        resume(tiny_config, finished)
+    with pytest.raises(InputError, match=r"no step-\*\.ckpt there"):
+        resume(tiny_config, finished, load_dir=finished.base_dir)
+    with pytest.raises(InputError, match="cannot be loaded"):
+        resume(tiny_config, finished, load_step=3)
