@@ -9,7 +9,7 @@ from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.data.scene_box import OrientedBox
 from nerfstudio.models.base_model import Model, ModelConfig
 from nerfstudio.utils.rich_utils import CONSOLE
-from nerfstudio.viewer_legacy.server.viewer_utils import IOChangeException
+from nerfstudio.viewer.viewer_elements import ViewerButton
 from torch import Tensor, nn
 
 from snd_nerfstudio.backbones.lora import LoRASettings, add_adapters, merged
@@ -18,13 +18,13 @@ from snd_nerfstudio.distillation.ema import EMATeacher
 from snd_nerfstudio.distillation.head import DINOHead, HeadSettings
 from snd_nerfstudio.distillation.losses import cosine_similarity, prototype_loss
 from snd_nerfstudio.errors import InputError
-from snd_nerfstudio.scenes.views import Views, ViewTriplet
+from snd_nerfstudio.scenes.views import ViewTriplet
 from snd_nerfstudio.splatting import Gaussians, rasterize
 from snd_nerfstudio.supervision.coverage import black_tokens
-from snd_nerfstudio.supervision.dense import DenseSupervision, dense_supervision, lift
+from snd_nerfstudio.supervision.dense import DenseSupervision, dense_supervision
 from snd_nerfstudio.supervision.settings import SupervisionSettings
-from snd_nerfstudio.viewer.outputs import ShownScene, blank_outputs, render_outputs, shown_scene, to_pinhole
-from snd_nerfstudio.viewer.pca import PCABasis, fit_pca
+from snd_nerfstudio.viewer.display import Display
+from snd_nerfstudio.viewer.outputs import shown_scene, to_pinhole
 
 
 @dataclass
@@ -145,10 +145,8 @@ class SnDModel(Model):
         self.teacher = EMATeacher(self.student)
         self.register_buffer("base_fingerprint", base)
         self._settings = config.supervision.settings()
-        self._shown: Optional[ShownScene] = None
-        self._basis: Optional[PCABasis] = None
-        self._gaussian_pca: Optional[Tensor] = None
-        self._render_failed = False
+        self.display = Display(self.teacher_tokens, self.student_tokens, self._learned_target_tokens, self._settings)
+        self.refit_colours = ViewerButton("Refit feature colours", cb_hook=lambda _: self.display.refit())
         trained = sum(p.numel() for p in self.student.parameters() if p.requires_grad)
         CONSOLE.log(
             f"{config.backbone}: adapters of rank {config.lora.rank} in {len(self.adapted_layers)} layers; "
@@ -193,6 +191,10 @@ class SnDModel(Model):
             return TargetTokens(supervision.tokens, everywhere, nowhere, supervision)
         black = black_tokens(self.splat_colours(triplet, gaussians)[0], h, w)
         return TargetTokens(supervision.tokens.masked_fill(black[..., None], 0.0), everywhere, black, supervision)
+
+    def _learned_target_tokens(self, triplet: ViewTriplet, gaussians: Gaussians) -> Float[Tensor, "n c"]:
+        target = self.supervise(triplet, gaussians)
+        return target.tokens[target.learned]
 
     @torch.no_grad()
     def splat_colours(
@@ -269,7 +271,7 @@ class SnDModel(Model):
     def update_teacher(self) -> None:
         """One EMA step (paper section 3.5)."""
         self.teacher.update(self.student, self.config.ema_momentum)
-        self._gaussian_pca = None
+        self.display.teacher_changed()
 
     def get_param_groups(self) -> Dict[str, list[nn.Parameter]]:
         """Adapters and head, so that each may have its own learning rate."""
@@ -328,7 +330,7 @@ class SnDModel(Model):
                 f"(backbone {self.config.backbone}): adapters only fit the base they were trained on."
             )
         self.load_state_dict(dict(state), strict=False)
-        self._gaussian_pca = None
+        self.display.teacher_changed()
 
     @torch.no_grad()
     def merged_vit(self, which: Literal["teacher", "student"]) -> nn.Module:
@@ -342,58 +344,9 @@ class SnDModel(Model):
 
     # ------------------------------------------------------------------ viewer
 
-    def show(self, triplet: ViewTriplet, gaussians: Gaussians) -> None:
-        """Choose the Gaussians that viewer and renderer show."""
-        self._shown = shown_scene(triplet, gaussians)
-        self._gaussian_pca = None
-
-    @torch.no_grad()
-    def pca_basis(self) -> PCABasis:
-        """The joint basis of context, target and student tokens of the shown triplet: fitted once, then frozen."""
-        if self._basis is None:
-            assert self._shown is not None
-            triplet = self._shown.triplet
-            target = self.supervise(triplet, self._shown.gaussians)
-            context = self.teacher_tokens(triplet.context.images)
-            student = self.student_tokens(triplet.target.images)
-            tokens = [context.flatten(0, 2), student.flatten(0, 2), target.tokens[target.learned]]
-            self._basis = fit_pca(torch.cat(tokens))
-        return self._basis
-
-    @torch.no_grad()
-    def _projected_gaussians(self, basis: PCABasis) -> Float[Tensor, "n 3"]:
-        # a render can be interrupted between any two lines, so the result is stored in one assignment at the end
-        projected = self._gaussian_pca
-        if projected is None:
-            assert self._shown is not None
-            context: Views = self._shown.triplet.context
-            tokens = basis.project(self.teacher_tokens(context.images))
-            projected = lift(tokens, context.masks, (context.height, context.width), self._settings).features
-            self._gaussian_pca = projected
-        return projected
-
-    @torch.no_grad()
     def get_outputs_for_camera(self, camera: Cameras, obb_box: Optional[OrientedBox] = None) -> Dict[str, Tensor]:
-        """Pictures of the shown triplet's Gaussians for any camera, each ``[H, W, 1 or 3]``.
-
-        Never fails: an error would end the browser tab's render thread for good, so it is logged once and grey pictures
-        are returned instead.
-        """
-        pinhole = to_pinhole(camera.to(self.device))
-        try:
-            if self._shown is None:
-                raise RuntimeError("no triplet is shown yet")
-            basis = self.pca_basis()
-            outputs = render_outputs(self._shown, pinhole, self._projected_gaussians(basis), basis, self.student_tokens)
-            self._render_failed = False
-            return outputs
-        except IOChangeException:  # nerfstudio's own signal that a newer camera is waiting
-            raise
-        except Exception as error:  # noqa: BLE001
-            if not self._render_failed:
-                CONSOLE.log(f"[red]Rendering failed, the viewer shows grey: {type(error).__name__}: {error}")
-            self._render_failed = True
-            return blank_outputs(pinhole.height, pinhole.width, self.device)
+        """Pictures of the shown triplet's Gaussians for any camera, each ``[H, W, 1 or 3]``; grey where that fails."""
+        return self.display.render(to_pinhole(camera.to(self.device)), self.device)
 
     def get_outputs(self, ray_bundle: Union[Cameras, Any]) -> Dict[str, Union[Tensor, list]]:
         """Outputs for a camera; there are no rays here."""

@@ -24,6 +24,7 @@ from snd_nerfstudio.profiles import PROFILES, ProfileName, resolve
 from snd_nerfstudio.scenes.views import ViewTriplet
 from snd_nerfstudio.snd_datamanager import SnDDataManager, SnDDataManagerConfig
 from snd_nerfstudio.snd_model import SnDModel, SnDModelConfig
+from snd_nerfstudio.splatting import Gaussians, PinholeCamera
 from snd_nerfstudio.viewer.start import StartingCamera
 
 
@@ -107,8 +108,9 @@ class SnDPipeline(VanillaPipeline):
             self._model = cast(Model, DistributedDataParallel(self._model, device_ids=ids))
             dist.barrier(device_ids=ids)
         shown = self.datamanager.shown_triplet
-        self.model.show(shown, self.datamanager.reconstruct(shown.context))
-        self.starting_camera = StartingCamera(shown.target.camera(0))
+        gaussians = self.datamanager.reconstruct(shown.context)
+        self.model.display.show(shown, gaussians)
+        self.starting_camera = StartingCamera(shown.target.camera(0), _median_depth(gaussians, shown.target.camera(0)))
 
     # ------------------------------------------------------------------ training
 
@@ -194,8 +196,8 @@ class SnDPipeline(VanillaPipeline):
         metrics["psnr_covered"] = _psnr(filled[covered], truth[covered]) if covered.any() else 0.0
         return metrics, {"target": truth, "splatted": colours.clamp(0, 1), **self._feature_pictures(triplet, gaussians)}
 
-    def _feature_pictures(self, triplet: ViewTriplet, gaussians: Any) -> Dict[str, Tensor]:
-        basis = self.model.pca_basis()
+    def _feature_pictures(self, triplet: ViewTriplet, gaussians: Gaussians) -> Dict[str, Tensor]:
+        basis = self.model.display.basis()
         target = self.model.supervise(triplet, gaussians)
         student = self.model.student_tokens(triplet.target.images)[0]
         patch = self.model.student.backbone.spec.patch
@@ -262,6 +264,13 @@ class SnDPipeline(VanillaPipeline):
         """
         self.model.update_to_step(step)
         self.model.load_trained(strip_prefixes(loaded_state), f"The checkpoint of step {step}")
+
+
+def _median_depth(gaussians: Gaussians, camera: PinholeCamera) -> float:
+    """Depth of the middle one of the visible Gaussians, world units."""
+    pose = camera.camera_to_world
+    depths = (gaussians.means - pose[:3, 3]) @ pose[:3, 2]
+    return float(depths[gaussians.opacities > 0].median().clamp(min=0.1))
 
 
 def _psnr(image: Tensor, truth: Tensor) -> float:

@@ -124,14 +124,14 @@ class SnDTrainer(Trainer):
         Raises:
             InputError: the folder cannot be written.
         """
-        pipeline: Any = getattr(self.pipeline, "module", self.pipeline)
-        state = {
-            "step": step,
-            "pipeline": pipeline.state_dict(),
-            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.optimizers.items()},
-            "schedulers": {name: scheduler.state_dict() for name, scheduler in self.optimizers.schedulers.items()},
-            "scalers": self.grad_scaler.state_dict(),
-        }
+        with self.train_lock:  # a render in another thread may have the teacher's values in the student's place
+            state = {
+                "step": step,
+                "pipeline": self.pipeline.state_dict(),
+                "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.optimizers.items()},
+                "schedulers": {name: scheduler.state_dict() for name, scheduler in self.optimizers.schedulers.items()},
+                "scalers": self.grad_scaler.state_dict(),
+            }
         target: Path = self.checkpoint_dir / f"step-{step:09d}.ckpt"
         # not in the checkpoint folder: nerfstudio reads a step number from every name in it
         partial = self.base_dir / f".{target.name}.partial"

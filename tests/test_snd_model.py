@@ -238,13 +238,13 @@ def test_the_outputs_at_the_target_camera_show_the_target(pipeline):
 
 def test_a_failing_render_gives_grey_pictures_and_one_line_in_the_log(pipeline, capsys):
     pipeline.model.eval()
-    healthy = pipeline.model._shown
-    pipeline.model._shown = None
+    healthy = pipeline.model.display.scene
+    pipeline.model.display.scene = None
     for _ in range(3):
         outputs = pipeline.model.get_outputs_for_camera(camera(6, 8))
         assert all((value == 0.5).all() for value in outputs.values())
     assert capsys.readouterr().out.count("Rendering failed") == 1
-    pipeline.model._shown = healthy
+    pipeline.model.display.scene = healthy
     assert not (pipeline.model.get_outputs_for_camera(camera(6, 8))["rgb"] == 0.5).all()
 
 
@@ -256,7 +256,7 @@ def test_an_interrupted_render_is_passed_on_and_leaves_the_caches_whole(pipeline
     def interrupted(images):
         raise IOChangeException
 
-    monkeypatch.setattr(model, "teacher_tokens", interrupted)
+    monkeypatch.setattr(model.display, "_teacher", interrupted)
     with pytest.raises(IOChangeException):
         model.get_outputs_for_camera(camera(6, 8))
     monkeypatch.undo()

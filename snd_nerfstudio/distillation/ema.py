@@ -1,5 +1,6 @@
 """The teacher: an exponential moving average of what the student trains, and nothing more."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -58,12 +59,27 @@ class EMATeacher(nn.Module):
             dropout: leave dropout on (the released code forgot to switch it off); off otherwise.
         """
         module = student.get_submodule(submodule)
-        with _mode(module, training=dropout):
+        with _uninterrupted(), _mode(module, training=dropout):
             return functional_call(module, self.values(submodule), (inputs,))
 
 
 def _buffer_name(parameter: str) -> str:
     return parameter.replace(".", "/")
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Keep a trace function from raising in between: what is swapped in must be swapped out again.
+
+    Nerfstudio's viewer abandons a render by an exception from such a function, between any two lines of Python. Raised
+    while parameters are restored, it would leave the teacher's values in the student for good.
+    """
+    tracer = sys.gettrace()
+    sys.settrace(None)
+    try:
+        yield
+    finally:
+        sys.settrace(tracer)
 
 
 @contextmanager

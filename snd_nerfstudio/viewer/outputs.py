@@ -1,7 +1,7 @@
 """The model's outputs for any camera: what viewer and renderer show."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from snd_nerfstudio.scenes.views import ViewTriplet
 from snd_nerfstudio.splatting import Gaussians, PinholeCamera, rasterize
+from snd_nerfstudio.splatting.projection import BLUR_VARIANCE
 from snd_nerfstudio.viewer.pca import PCABasis
 
 OUTPUT_CHANNELS = {"rgb": 3, "depth": 1, "accumulation": 1, "splatted_pca": 3, "student_pca": 3}
@@ -55,6 +56,26 @@ def ray_lengths(camera: PinholeCamera) -> Float[Tensor, "H W 1"]:
     return (1 + x[None, :] ** 2 + y[:, None] ** 2).sqrt()[..., None]
 
 
+def without_gaps(scene: ShownScene, camera: PinholeCamera) -> Gaussians:
+    """The Gaussians, widened for pictures larger than the context views, in which gaps would open between them.
+
+    The rasterizer blurs by a part of the picture's pixel. In a larger picture that is less of a context pixel, so what
+    is missing is added to every axis here: the picture is then that of training, enlarged.
+
+    Args:
+        scene: what is shown.
+        camera: for which camera; at the context views' focal length and below the Gaussians stay as they are.
+    """
+    context, gaussians = scene.triplet.context, scene.gaussians
+    poses = context.camera_to_worlds
+    means = rearrange(gaussians.means, "(v n) xyz -> v n xyz", v=poses.shape[0])
+    depths = torch.einsum("vni,vi->vn", means - poses[:, None, :3, 3], poses[:, :3, 2])
+    focal = context.intrinsics[:, [0, 1], [0, 1]].mean(dim=1)
+    missing = BLUR_VARIANCE * (1 - (focal / camera.intrinsics[[0, 1], [0, 1]].mean()).square()).clamp(min=0)
+    variances = rearrange(missing[:, None] * (depths / focal[:, None]).square(), "v n -> (v n) 1")
+    return replace(gaussians, scales=(gaussians.scales.square() + variances).sqrt())
+
+
 def render_outputs(
     scene: ShownScene,
     camera: PinholeCamera,
@@ -73,7 +94,7 @@ def render_outputs(
         basis: colours of features.
         student: tokens of an image in [0, 1].
     """
-    splat = rasterize(scene.gaussians, camera, torch.cat([scene.colours, gaussian_pca], dim=1))
+    splat = rasterize(without_gaps(scene, camera), camera, torch.cat([scene.colours, gaussian_pca], dim=1))
     alpha = splat.alpha[..., None]
     covered = alpha > 1e-3
     # where nothing was hit, put the depth behind everything, or it would hide the viewer's camera frusta

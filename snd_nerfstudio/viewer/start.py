@@ -2,7 +2,6 @@
 
 import numpy as np
 import viser
-import viser.transforms as vtf
 from nerfstudio.viewer.viewer import VISER_NERFSTUDIO_SCALE_RATIO, Viewer
 from nerfstudio.viewer.viewer_elements import ViewerControl
 
@@ -14,14 +13,15 @@ class StartingCamera(ViewerControl):
 
     Args:
         camera: the view to start from.
-        step_back: how far behind it, in world units, so that the view's own thumbnail is in sight and not in the way.
+        distance: how far away what it looks at is, in world units: dragging turns the view about that point.
+        step_back: how far behind the view to start, so that its own thumbnail is in sight and not in the way.
     """
 
-    def __init__(self, camera: PinholeCamera, step_back: float = 0.1) -> None:
+    def __init__(self, camera: PinholeCamera, distance: float, step_back: float = 0.1) -> None:
         super().__init__()
         pose = camera.camera_to_world.detach().cpu().double().numpy()
-        self._wxyz = vtf.SO3.from_matrix(pose[:3, :3]).wxyz  # viser's cameras have OpenCV axes, as ours
         self._position = (pose[:3, 3] - step_back * pose[:3, 2]) * VISER_NERFSTUDIO_SCALE_RATIO
+        self._look_at = (pose[:3, 3] + distance * pose[:3, 2]) * VISER_NERFSTUDIO_SCALE_RATIO
         self._fov = float(2 * np.arctan(camera.height / (2 * float(camera.intrinsics[1, 1]))))
         self._up = -pose[:3, 1]
 
@@ -31,7 +31,8 @@ class StartingCamera(ViewerControl):
 
     def _place(self, client: viser.ClientHandle) -> None:
         with client.atomic():
-            client.camera.up_direction = self._up
+            # in this order: each of them turns the camera towards the look-at point, with the up direction kept
             client.camera.position = self._position
-            client.camera.wxyz = self._wxyz
+            client.camera.look_at = self._look_at
+            client.camera.up_direction = self._up
             client.camera.fov = self._fov

@@ -1,3 +1,6 @@
+import sys
+import traceback
+
 import pytest
 import torch
 from torch import nn
@@ -53,6 +56,39 @@ def test_the_teacher_has_no_dropout_unless_asked_and_leaves_the_student_s_mode_a
         teacher.call(student, "backbone", x, dropout=True), teacher.call(student, "backbone", x, dropout=True)
     )
     assert student.backbone[1].training
+
+
+def test_a_render_that_is_interrupted_anywhere_leaves_the_student_its_own_weights():
+    """Nerfstudio's viewer raises from a trace function between any two lines; here, at each line in turn."""
+    student = Pair().eval()
+    teacher = EMATeacher(student)
+    with torch.no_grad():
+        student.backbone[0].weight += 1.0
+    own = student.backbone[0].weight
+    x = torch.randn(5, 2)
+    torch.func.functional_call(student.backbone, {}, (x,))  # what is imported or compiled at first use is not counted
+    line, finished = 0, False
+    while not finished:
+        line, seen = line + 1, 0
+
+        def interrupt(frame, event, argument):
+            nonlocal seen
+            if event == "line":
+                seen += 1
+                if seen == line:  # noqa: B023
+                    raise InterruptedError
+            return interrupt  # noqa: B023
+
+        sys.settrace(interrupt)
+        try:
+            teacher.call(student, "backbone", x)
+            finished = True
+        except Exception as error:  # jaxtyping's check, on while tests run, wraps it when it is hit itself
+            assert "InterruptedError" in "".join(traceback.format_exception(error))
+        finally:
+            sys.settrace(None)
+        assert student.backbone[0].weight is own, line
+    assert line > 3  # it was interrupted at all
 
 
 def test_a_momentum_outside_the_unit_interval_is_refused():
