@@ -146,7 +146,7 @@ def test_the_released_chain_matches_its_training_step(golden):
     def backbone(images, side):
         resized = torch.nn.functional.interpolate(images, size=(56, 84), mode="bilinear", align_corners=False)
         mean, std = (torch.tensor(x).view(3, 1, 1) for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-        weight, bias = v[f"w.{side}.backbone.proj.weight"], v[f"w.{side}.backbone.proj.bias"]
+        weight, bias = backbone_weight[side], v[f"w.{side}.backbone.proj.bias"]
         return torch.nn.functional.conv2d((resized - mean) / std, weight, bias, stride=14).permute(0, 2, 3, 1)
 
     def head(side):
@@ -155,6 +155,9 @@ def test_the_released_chain_matches_its_training_step(golden):
         module.load_state_dict({k[len(prefix) :]: x for k, x in v.items() if k.startswith(prefix)})
         return module
 
+    backbone_weight = {side: v[f"w.{side}.backbone.proj.weight"].clone() for side in ("student", "teacher")}
+    backbone_weight["student"].requires_grad_(True)
+    student_head = head("student")
     teacher_tokens, student_tokens = [], []
     for batch in range(2):
         masks = v["in.context_segmentation"][batch].long()
@@ -170,5 +173,12 @@ def test_the_released_chain_matches_its_training_step(golden):
         torch.testing.assert_close(student, v["mid.student_tokens"][batch, 0].permute(1, 2, 0), rtol=0, atol=2e-5)
         teacher_tokens.append(teacher.reshape(-1, 6))
         student_tokens.append(student.reshape(-1, 6))
-    loss = prototype_loss(head("student")(torch.cat(student_tokens)), head("teacher")(torch.cat(teacher_tokens)))
+    loss = prototype_loss(student_head(torch.cat(student_tokens)), head("teacher")(torch.cat(teacher_tokens)))
     torch.testing.assert_close(loss.cross_entropy.reshape(1), v["out.loss"], rtol=0, atol=2e-6)
+    loss.cross_entropy.backward()
+    for name, gradient in (
+        ("backbone.proj.weight", backbone_weight["student"].grad),
+        ("dino_head.mlp.0.weight", student_head.mlp[0].weight.grad),
+        ("dino_head.last_layer.weight_g", student_head.last_layer.weight_g.grad),
+    ):
+        torch.testing.assert_close(gradient, v[f"out.grad.student.{name}"], rtol=1e-3, atol=1e-6)
