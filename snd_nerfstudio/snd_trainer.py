@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from snd_nerfstudio.distillation.schedule import warmup_cosine
 from snd_nerfstudio.errors import InputError
+from snd_nerfstudio.viewer.fair_lock import FairLock
 
 
 @dataclass
@@ -73,8 +74,13 @@ class SnDTrainer(Trainer):
 
     * ``--max-num-iterations`` is where training ends, also for a resumed run (nerfstudio 1.1 adds as many again);
     * a schedule without a length of its own gets that of the training;
-    * checkpoints are written beside their folder and then renamed into it, so a killed run leaves only whole ones.
+    * checkpoints are written beside their folder and then renamed into it, so a killed run leaves only whole ones;
+    * a picture that the viewer waits for comes after the current step, not when training happens to leave a gap.
     """
+
+    def __init__(self, config: TrainerConfig, local_rank: int = 0, world_size: int = 1) -> None:
+        super().__init__(config, local_rank, world_size)
+        self.train_lock: Any = FairLock()
 
     def setup_optimizers(self) -> Optimizers:
         """Give every schedule its length, then build the optimisers."""
