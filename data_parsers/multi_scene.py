@@ -123,7 +123,7 @@ def held_out_tail(count: int) -> int:
 
     15 %, but at least 16 where that leaves twice as many to train on; a triplet needs neighbours on both sides.
     """
-    share = round(HELD_OUT_SHARE * count)
+    share = max(round(HELD_OUT_SHARE * count), 1)
     return max(share, HELD_OUT_FRAMES) if count >= 3 * HELD_OUT_FRAMES else share
 
 
@@ -133,6 +133,9 @@ def split_scenes(scenes: list[Scene], split: Split) -> list[Scene]:
     Args:
         scenes: all of them, sorted.
         split: ``train``, ``val``/``test`` (the same), or ``all``.
+
+    Raises:
+        InputError: there is a single scene with fewer than three frames.
     """
     if split == "all":
         return scenes
@@ -140,6 +143,8 @@ def split_scenes(scenes: list[Scene], split: Split) -> list[Scene]:
         held_out = max(1, round(HELD_OUT_SHARE * len(scenes)))
         return scenes[:-held_out] if split == "train" else scenes[-held_out:]
     (scene,) = scenes
+    if len(scene.frames) < 3:
+        raise InputError(f"Scene {scene.name} has {len(scene.frames)} usable frames; a triplet needs at least three.")
     first = len(scene.frames) - held_out_tail(len(scene.frames))
     frames = scene.frames[:first] if split == "train" else scene.frames[first:]
     return [Scene(scene.name, frames, scene.depth_scale)]

@@ -77,20 +77,23 @@ class ScanNetppScenes(DataParser):
         train, val = (self._listed(names, file) for file in (TRAIN_LIST, VAL_LIST))
         if split == "all":
             return self._read_scenes(names)
-        if val and not train:  # whatever is not listed for validation may be trained on
-            train = [name for name in names if name not in set(val)]
-        if train and val:
+        train = [name for name in train or names if name not in set(val)]
+        if val and not train and split == "train":
+            raise InputError(
+                f"{self.config.data}: every scene on disk is listed in metadata/{VAL_LIST}. Add scenes of the training "
+                "list, or train on these with --pipeline.datamanager.all-scenes True."
+            )
+        if val:
             return self._read_scenes(train if split == "train" else val)
-        known = train or names
         CONSOLE.log(
             f"[yellow]{self.config.data}: no scene of metadata/{VAL_LIST} is on disk (or there is no such list); "
             "the last scenes, or the last frames of the only one, are held out instead."
         )
         # of many scenes only those of the wanted side are read
-        if len(known) > 1:
-            chosen = split_scenes([Scene(name, ()) for name in known], split)
+        if len(train) > 1:
+            chosen = split_scenes([Scene(name, ()) for name in train], split)
             return self._read_scenes([scene.name for scene in chosen])
-        return split_scenes(self._read_scenes(known), split)
+        return split_scenes(self._read_scenes(train), split)
 
     def _read_scenes(self, names: list[str]) -> list[Scene]:
         return [self._read_scene(name) for name in names]
@@ -99,7 +102,7 @@ class ScanNetppScenes(DataParser):
         path = self.config.data / "metadata" / file
         if not path.is_file():
             return []
-        listed = path.read_text(encoding="utf-8").split()
+        listed = list(dict.fromkeys(path.read_text(encoding="utf-8").split()))
         present = [name for name in listed if name in set(names)]
         if len(present) < len(listed):
             CONSOLE.log(f"{path}: {len(listed) - len(present)} of {len(listed)} listed scenes are not on disk.")

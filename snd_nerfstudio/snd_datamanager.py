@@ -17,6 +17,7 @@ from nerfstudio.utils.rich_utils import CONSOLE
 from torch.utils.data import Dataset
 
 from data_parsers.multi_scene import held_out_tail, natural_key
+from data_parsers.nerfstudio_scenes import NerfstudioScenesConfig
 from data_parsers.scannetpp import ScanNetppScenesConfig
 from snd_nerfstudio.errors import InputError
 from snd_nerfstudio.reconstruction import Reconstructor
@@ -227,15 +228,16 @@ class SnDDataManager(DataManager):
         if not root.exists():
             raise InputError(f"--data {root}: no such file or folder.")
         parser = self.config.dataparser.setup()
-        train = parser.get_dataparser_outputs(split="train")
-        if "scene_index" in train.metadata:
-            evaluation = parser.get_dataparser_outputs(split="val")
+        if isinstance(self.config.dataparser, (ScanNetppScenesConfig, NerfstudioScenesConfig)):
             if self.config.all_scenes:
-                train = parser.get_dataparser_outputs(split="all")
                 CONSOLE.log("[yellow]Training on all scenes: the held-out metrics are then of scenes seen in training.")
-            return train, evaluation
+            train = parser.get_dataparser_outputs(split="all" if self.config.all_scenes else "train")
+            return train, parser.get_dataparser_outputs(split="val")
+        train = parser.get_dataparser_outputs(split="train")
         # another parser's split takes every n-th frame; triplets need neighbours, so its training frames are cut here
         order = _by_name(train)
+        if len(order) < 3:
+            raise InputError(f"--data {root}: {len(order)} training frames; a triplet needs at least three.")
         tail = held_out_tail(len(order))
         kept = order if self.config.all_scenes else order[: len(order) - tail]
         return _subset(train, kept), _subset(train, order[len(order) - tail :])
@@ -327,11 +329,15 @@ class SnDDataManager(DataManager):
         assert self.eval_frames is not None
         return self._load(self.eval_frames, self._eval_indices[number]).to(self.device)
 
+    def train_triplets(self, count: int) -> list[ViewTriplet]:
+        """At most ``count`` training triplets, spread over scenes and paths, on the device."""
+        return [self._load(self.train_frames, index).to(self.device) for index in self.triplets.spread(count)]
+
     @cached_property
     def shown_triplet(self) -> ViewTriplet:
         """The training triplet whose Gaussians the viewer shows: one in the middle of the shown scene."""
-        (index,) = self.triplets.spread(1)
-        return self._load(self.train_frames, index).to(self.device)
+        (triplet,) = self.train_triplets(1)
+        return triplet
 
     def reconstruct(self, context: Views) -> Gaussians:
         """Gaussians of a pair of context views, without gradient."""

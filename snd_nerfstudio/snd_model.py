@@ -205,8 +205,8 @@ class SnDModel(Model):
         return splat.features, splat.alpha
 
     def teacher_tokens(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b h w c"]:
-        """Tokens of the EMA teacher, without gradient."""
-        return self.teacher.call(self.student, "backbone", images, dropout=bool(self.config.teacher_dropout))
+        """Tokens of the EMA teacher, without gradient; without dropout but for ``teacher_dropout`` in training mode."""
+        return self.teacher.call(self.student, "backbone", images, self.training and bool(self.config.teacher_dropout))
 
     def student_tokens(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b h w c"]:
         """Tokens of the student; with gradient and dropout while the model is in training mode."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Dict, List, Literal, Optional, Tuple, Type, cast
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import yaml
@@ -88,12 +89,11 @@ class SnDPipeline(VanillaPipeline):
         self.config = resolved(config)
         self.test_mode = test_mode
         self.world_size = world_size
-        self.rank = local_rank
+        self.rank = dist.get_rank() if dist.is_initialized() else local_rank  # over all machines
         self.schedule_steps: Optional[int] = PROFILES[config.profile]["schedule_steps"]
-        self._evaluations = 0
         self._latest: Dict[str, Tensor] = {}
         self.datamanager = self.config.datamanager.setup(
-            device=device, test_mode=test_mode, world_size=world_size, local_rank=local_rank, seed=config.seed
+            device=device, test_mode=test_mode, world_size=world_size, local_rank=self.rank, seed=config.seed
         )
         if not self.datamanager.with_masks:
             CONSOLE.log("Without instance masks: tokens are upsampled plainly and splatted features are not blended.")
@@ -111,6 +111,32 @@ class SnDPipeline(VanillaPipeline):
         gaussians = self.datamanager.reconstruct(shown.context)
         self.model.display.show(shown, gaussians)
         self.starting_camera = StartingCamera(shown.target.camera(0), _median_depth(gaussians, shown.target.camera(0)))
+
+        if test_mode == "val":  # that is, when training starts
+            self._check_coverage()
+
+    @torch.no_grad()
+    def _check_coverage(self, count: int = 4) -> None:
+        """Splat a few training triplets before the first step: without coverage nothing can be learned.
+
+        Raises:
+            InputError: no target view is covered anywhere.
+        """
+        coverage = []
+        for triplet in self.datamanager.train_triplets(count):
+            _, alpha = self.model.splat_colours(triplet, self.datamanager.reconstruct(triplet.context))
+            coverage.append(float(alpha.mean()))
+        mean = sum(coverage) / len(coverage)
+        if max(coverage) < 1e-3:
+            raise InputError(
+                f"The Gaussians of the context views cover nothing of the target views (looked at {len(coverage)} "
+                f"triplets, the last one {triplet.describe()}). Check the unit of the depth maps and the convention of "
+                "the poses."
+            )
+        message = f"The contexts cover {mean:.0%} of their target views ({len(coverage)} triplets looked at)."
+        if mean < 0.5:
+            message = f"[yellow]{message} That is little: lower --pipeline.datamanager.max-context-gap?"
+        CONSOLE.log(message)
 
     # ------------------------------------------------------------------ training
 
@@ -164,17 +190,16 @@ class SnDPipeline(VanillaPipeline):
     def get_eval_loss_dict(self, step: int) -> Tuple[Any, Dict[str, Any], Dict[str, Any]]:
         """Loss on one held-out triplet."""
         self.eval()
-        triplet = self._next_eval()
+        triplet = self._eval_triplet_of(step)
         outputs = self.model([triplet], [self.datamanager.reconstruct(triplet.context)])
         self.train()
         metrics = {name: value for name, value in outputs.items() if name != "loss"}
         return outputs, {"distillation": outputs["loss"]}, metrics
 
-    def _next_eval(self) -> ViewTriplet:
-        """Another held-out triplet each time, whatever the interval between evaluations."""
-        triplet = self.datamanager.eval_triplet(self._evaluations % self.datamanager.num_eval_triplets)
-        self._evaluations += 1
-        return triplet
+    def _eval_triplet_of(self, step: int) -> ViewTriplet:
+        """A held-out triplet drawn from (seed, step) alone, so that a resumed run's curves are the same."""
+        number = np.random.default_rng([self.config.seed, step]).integers(self.datamanager.num_eval_triplets)
+        return self.datamanager.eval_triplet(int(number))
 
     @torch.no_grad()
     def evaluate(self, triplet: ViewTriplet) -> Tuple[Dict[str, float], Dict[str, Tensor]]:
@@ -201,17 +226,17 @@ class SnDPipeline(VanillaPipeline):
         target = self.model.supervise(triplet, gaussians)
         student = self.model.student_tokens(triplet.target.images)[0]
         patch = self.model.student.backbone.spec.patch
-        pictures = {"target_tokens_pca": target.tokens * target.learned[..., None], "student_pca": student}
-        return {
-            name: basis.colour(basis.project(tokens)).repeat_interleave(patch, 0).repeat_interleave(patch, 1)
-            for name, tokens in pictures.items()
+        pictures = {
+            "target_tokens_pca": basis.colour(basis.project(target.tokens)) * target.learned[..., None],
+            "student_pca": basis.colour(basis.project(student)),
         }
+        return {name: p.repeat_interleave(patch, 0).repeat_interleave(patch, 1) for name, p in pictures.items()}
 
     @torch.no_grad()
     def get_eval_image_metrics_and_images(self, step: int) -> Tuple[Dict[str, Any], Dict[str, Any]]:
         """Metrics and pictures of one held-out triplet, for the writers."""
         self.eval()
-        triplet = self._next_eval()
+        triplet = self._eval_triplet_of(step)
         metrics, pictures = self.evaluate(triplet)
         self.train()
         return {**metrics, "num_rays": triplet.target.height * triplet.target.width}, pictures

@@ -79,6 +79,16 @@ class SnDTrainer(Trainer):
     """
 
     def __init__(self, config: TrainerConfig, local_rank: int = 0, world_size: int = 1) -> None:
+        if config.mixed_precision:
+            raise InputError(
+                "--mixed-precision True is nerfstudio's float16, in which neither the geometry nor the loss survives "
+                "(its signal is in the fourth decimal): leave it off."
+            )
+        if any(steps != 1 for steps in config.gradient_accumulation_steps.values()):
+            raise InputError(
+                "--gradient-accumulation-steps would make resuming inexact: for larger batches use "
+                "--pipeline.datamanager.triplets-per-step."
+            )
         super().__init__(config, local_rank, world_size)
         self.train_lock: Any = FairLock()
 

@@ -18,7 +18,7 @@ from snd_nerfstudio.splatting import rasterize
 
 def manager(data: Path, **settings):
     config = SnDDataManagerConfig(data=data, **{"image_size": (56, 84), "eval_triplets": 4, **settings})
-    return resolve(config, "fixed").setup(device="cpu", seed=5, local_rank=settings.pop("rank", 0))
+    return resolve(config, "fixed").setup(device="cpu", seed=5)
 
 
 def test_a_step_is_a_function_of_seed_step_and_rank(rooms):

@@ -154,6 +154,17 @@ def test_dropout_in_the_student_follows_the_step_and_leaves_the_global_generator
     assert len(losses) == 4
 
 
+def test_the_teachers_dropout_of_the_official_profile_is_for_training_alone(tiny_config):
+    tiny_config.pipeline.profile = "official"
+    tiny_config.pipeline.model.lora.dropout = 0.5
+    model = tiny_config.pipeline.setup(device="cpu").model
+    image = torch.rand(1, 3, 56, 84)
+    for value in model.teacher.values().values():
+        value += 0.1
+    assert torch.equal(model.eval().teacher_tokens(image), model.teacher_tokens(image))
+    assert not torch.equal(model.train().teacher_tokens(image), model.teacher_tokens(image))
+
+
 # ---------------------------------------------------------------------- checkpoints
 
 

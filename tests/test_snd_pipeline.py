@@ -1,5 +1,6 @@
 import copy
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,33 @@ def test_a_loss_that_is_not_finite_names_the_triplet(tiny_config):
         pipeline.model.student.head.mlp[0].bias.fill_(float("nan"))
     with pytest.raises(InputError, match=r"step 3 is not finite.*DSC"):
         pipeline.get_train_loss_dict(3)
+
+
+def test_gaussians_that_cover_nothing_are_reported_before_training(tiny_config):
+    # depth read as micrometres: everything lies in front of the cameras' near plane
+    from snd_nerfstudio.reconstruction.depth import DepthReconstructor
+
+    class Shrunk(DepthReconstructor):
+        def __call__(self, views):
+            return super().__call__(replace(views, depths=views.depths * 1e-3))
+
+    import snd_nerfstudio.snd_datamanager as module
+
+    original = module.RECONSTRUCTORS["depth"]
+    module.RECONSTRUCTORS["depth"] = Shrunk
+    try:
+        with pytest.raises(InputError, match="cover nothing of the target views.*unit of the depth"):
+            tiny_config.pipeline.setup(device="cpu")
+        tiny_config.pipeline.setup(device="cpu", test_mode="test")  # looking at a run is still possible
+    finally:
+        module.RECONSTRUCTORS["depth"] = original
+
+
+def test_held_out_triplets_of_a_step_do_not_depend_on_what_was_evaluated_before(tiny_config):
+    first, second = (tiny_config.pipeline.setup(device="cpu") for _ in range(2))
+    first.get_eval_loss_dict(0)
+    assert first._eval_triplet_of(40).describe() == second._eval_triplet_of(40).describe()
+    assert len({first._eval_triplet_of(step).describe() for step in range(0, 400, 50)}) == 3
 
 
 def test_keys_of_a_distributed_checkpoint_are_recognised():

@@ -53,6 +53,13 @@ def test_schedules_get_the_length_of_the_training_unless_they_have_one(tiny_conf
     assert factors["head"](5) == pytest.approx(0.52) and factors["adapters"](1500) == pytest.approx(0.52, abs=1e-3)
 
 
+@pytest.mark.parametrize(("name", "value"), [("mixed_precision", True), ("gradient_accumulation_steps", {"head": 4})])
+def test_settings_that_would_spoil_training_are_refused(tiny_config, name, value):
+    setattr(tiny_config, name, value)
+    with pytest.raises(InputError, match=name.replace("_", "-")):
+        tiny_config.setup()
+
+
 def test_a_schedule_without_a_length_is_refused():
     optimizer = torch.optim.Adam([torch.zeros(1, requires_grad=True)])
     with pytest.raises(InputError, match="--max-num-iterations"):

@@ -23,7 +23,7 @@ class LoRASettings:
     alpha: float = 8.0
     """The update is scaled by alpha / rank."""
     dropout: float = 0.1
-    """Dropout before the first factor, while the student trains."""
+    """Dropout before the first factor, in training mode."""
 
 
 def add_adapters(backbone: nn.Module, settings: LoRASettings, patch_embed: bool, seed: int) -> list[str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Mapping
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -39,7 +40,7 @@ def export_backbone(vit: nn.Module, spec: BackboneSpec, folder: Path, about: Map
         InputError: the folder cannot be written.
         RuntimeError: the reloaded model gives other tokens (by more than 1e-4); nothing is left behind.
     """
-    partial = folder / f".{WEIGHTS}.partial"
+    partial, described = folder / f".{WEIGHTS}.partial", folder / f".{MANIFEST}.partial"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in vit.state_dict().items()}
@@ -63,15 +64,15 @@ def export_backbone(vit: nn.Module, spec: BackboneSpec, folder: Path, about: Map
             "largest_token_difference_after_reloading": difference,
             "versions": {name: version(name) for name in ("snd-nerfstudio", "torch", "timm", "peft", "safetensors")},
         }
-        described = folder / f".{MANIFEST}.partial"
         described.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
         os.replace(partial, folder / WEIGHTS)
         os.replace(described, folder / MANIFEST)
-    except OSError as error:
-        raise InputError(f"--output-dir {folder} cannot be written ({error.strerror or error}).") from error
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"--output-dir {folder} cannot be written ({error}).") from error
     finally:
         if folder.is_dir():
             partial.unlink(missing_ok=True)
+            described.unlink(missing_ok=True)
     return folder / MANIFEST
 
 

@@ -14,6 +14,10 @@ from PIL import Image, UnidentifiedImageError
 from snd_nerfstudio.errors import InputError
 from snd_nerfstudio.scenes.views import Views
 
+UNREADABLE = (UnidentifiedImageError, Image.DecompressionBombError, OSError, EOFError, SyntaxError, ValueError)
+"""What Pillow and numpy raise on files that are not what they should be."""
+HEADERS_CHECKED = 10_000
+"""Of larger datasets this many headers, evenly spread, are read before training."""
 MASK_MODES = ("L", "P", "I", "I;16", "1")
 
 
@@ -57,8 +61,8 @@ def check_frames(frames: Frames, needs_masks: bool, needs_depth: bool) -> None:
         needs_depth: whether every frame must have a depth map.
 
     Raises:
-        InputError: a pose is not finite or not invertible, intrinsics are unusable, a file is missing, or the first
-            frame of a scene cannot be read. The message names the file.
+        InputError: a pose is not finite or not invertible, intrinsics are unusable, a file is missing or by its header
+            of another size than it should be, or the first frame of a scene cannot be read. The message names the file.
     """
     finite = np.isfinite(frames.camera_to_worlds).all(axis=(1, 2))
     if not finite.all():
@@ -81,6 +85,7 @@ def check_frames(frames: Frames, needs_masks: bool, needs_depth: bool) -> None:
         bad = int(np.flatnonzero(~(np.isfinite(frames.intrinsics).all(axis=(1, 2)) & (focal > 0).all(axis=1)))[0])
         raise InputError(f"Camera intrinsics of {frames.image_files[bad]} are not positive finite numbers.")
     _check_files_exist(frames, needs_masks, needs_depth)
+    _check_headers(frames, needs_masks)
     size = (int(frames.sizes[0, 0]), int(frames.sizes[0, 1]))
     for scene in np.unique(frames.scene_index):
         first = int(np.flatnonzero(frames.scene_index == scene)[0])
@@ -106,6 +111,51 @@ def _check_files_exist(frames: Frames, needs_masks: bool, needs_depth: bool) -> 
             name = files[bad] if files[bad] is not None else f"for {frames.image_files[bad]}"
             count = len(present) - sum(present)
             raise InputError(f"Missing {kind} {name} ({count} of {len(present)} are missing): {remedy}.")
+
+
+def _check_headers(frames: Frames, needs_masks: bool) -> None:
+    """Compare the sizes that the headers of images and masks state, without decoding them."""
+
+    def check(index: int) -> None:
+        file = frames.image_files[index]
+        _check_image_size(frames, index, _header_size(file, "Image"))
+        if needs_masks:
+            mask_file = _file_of(frames.mask_files, index, file, "mask")
+            _check_mask_size(mask_file, _header_size(mask_file, "Instance mask"), _stored_size(frames, index))
+
+    count = min(len(frames), HEADERS_CHECKED)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(check, np.linspace(0, len(frames) - 1, count).astype(int).tolist()))
+
+
+def _header_size(file: Path, kind: str) -> tuple[int, int]:
+    """Height and width that an image file states."""
+    try:
+        with Image.open(file) as image:
+            return image.height, image.width
+    except UNREADABLE as error:
+        raise InputError(f"{kind} {file} cannot be decoded ({error}): restore it or remove the frame.") from error
+
+
+def _stored_size(frames: Frames, index: int) -> tuple[int, int]:
+    return int(frames.sizes[index, 0]), int(frames.sizes[index, 1])
+
+
+def _check_image_size(frames: Frames, index: int, size: tuple[int, ...]) -> None:
+    height, width = _stored_size(frames, index)
+    if size != (height, width):
+        raise InputError(
+            f"{frames.image_files[index]} has {size[1]}x{size[0]} pixels but its camera was calibrated for "
+            f"{width}x{height}: correct `w` and `h` in the transforms file or restore the image."
+        )
+
+
+def _check_mask_size(file: Path, size: tuple[int, ...], image_size: tuple[int, ...]) -> None:
+    if size != image_size:
+        raise InputError(
+            f"{file} has {size[1]}x{size[0]} pixels but its image has {image_size[1]}x{image_size[0]}: a mask must "
+            "have its image's size."
+        )
 
 
 def load_views(
@@ -134,18 +184,12 @@ def load_views(
     for index in indices:
         image_file = frames.image_files[index]
         image = _read_image(image_file)
-        stored_height, stored_width = (int(n) for n in frames.sizes[index])
-        if image.shape[:2] != (stored_height, stored_width):
-            raise InputError(
-                f"{image_file} has {image.shape[1]}x{image.shape[0]} pixels but its camera was calibrated for "
-                f"{stored_width}x{stored_height}: correct `w` and `h` in the transforms file or restore the image."
-            )
-        mask = read_mask(_file_of(frames.mask_files, index, image_file, "mask")) if with_masks else None
-        if mask is not None and mask.shape != image.shape[:2]:
-            raise InputError(
-                f"{_file_of(frames.mask_files, index, image_file, 'mask')} has {mask.shape[1]}x{mask.shape[0]} pixels "
-                f"but its image has {image.shape[1]}x{image.shape[0]}: a mask must have its image's size."
-            )
+        _check_image_size(frames, index, image.shape[:2])
+        mask = None
+        if with_masks:
+            mask_file = _file_of(frames.mask_files, index, image_file, "mask")
+            mask = read_mask(mask_file)
+            _check_mask_size(mask_file, mask.shape, image.shape[:2])
         depth = None
         if with_depth:
             scale = 1e-3 if frames.depth_scale is None else float(frames.depth_scale[index])
@@ -185,7 +229,7 @@ def _read_image(file: Path) -> UInt8[np.ndarray, "h w 3"]:
             return np.asarray(image.convert("RGB"))
     except FileNotFoundError as error:
         raise InputError(f"Image {file} does not exist.") from error
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+    except UNREADABLE as error:
         raise InputError(f"Image {file} cannot be decoded ({error}): restore it or remove the frame.") from error
 
 
@@ -206,7 +250,7 @@ def read_mask(file: Path) -> Int[np.ndarray, "h w"]:
         raise
     except FileNotFoundError as error:
         raise InputError(f"Instance mask {file} does not exist.") from error
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+    except UNREADABLE as error:
         raise InputError(f"Instance mask {file} cannot be decoded ({error}).") from error
 
 
@@ -219,7 +263,7 @@ def _read_depth(file: Path, scale: float, image_shape: tuple[int, ...]) -> Float
                 depth = np.asarray(image).astype(np.float32) * scale
     except FileNotFoundError as error:
         raise InputError(f"Depth map {file} does not exist.") from error
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+    except UNREADABLE as error:
         raise InputError(f"Depth map {file} cannot be decoded ({error}).") from error
     if depth.ndim != 2:
         raise InputError(f"Depth map {file} has shape {depth.shape}: it must have one channel.")

@@ -33,7 +33,3 @@ class Prefetcher(Generic[Item]):
             if wanted not in self._pending:
                 self._pending[wanted] = self._pool.submit(self._load, wanted)
         return self._pending.pop(step).result()
-
-    def close(self) -> None:
-        """Stop the threads without waiting for what is in flight."""
-        self._pool.shutdown(wait=False, cancel_futures=True)

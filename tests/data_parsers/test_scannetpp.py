@@ -87,6 +87,25 @@ def test_with_only_a_validation_list_all_other_scenes_are_trained_on(root):
     assert parse(root, "val").metadata["scene_names"] == ["aa"]
 
 
+def test_a_tree_of_validation_scenes_alone_is_not_trained_on(root):
+    write_lists(root, ["not_downloaded"], ["aa", "bb", "cc"])
+    with pytest.raises(InputError, match="every scene on disk is listed in metadata/nvs_sem_val.txt"):
+        parse(root)
+    assert len(parse(root, "val").metadata["scene_names"]) == len(parse(root, "all").metadata["scene_names"]) == 3
+
+
+def test_a_scene_in_both_lists_is_held_out_and_one_listed_twice_is_read_once(root):
+    write_lists(root, ["aa", "aa", "bb"], ["bb", "cc"])
+    assert parse(root).metadata["scene_names"] == ["aa"]
+    assert parse(root, "val").metadata["scene_names"] == ["bb", "cc"]
+
+
+def test_a_single_scene_of_two_frames_is_too_short(tmp_path):
+    write_scene(tmp_path, "s", [("a1.JPG", {}), ("a2.JPG", {})])
+    with pytest.raises(InputError, match="Scene s has 2 usable frames"):
+        parse(tmp_path)
+
+
 def test_of_a_single_scene_the_last_frames_are_held_out(tmp_path):
     write_scene(tmp_path, "s", [(f"a{n:03d}.JPG", {}) for n in range(60)])
     assert parse(tmp_path).metadata["frame_order"].tolist() == list(range(44))

@@ -50,6 +50,22 @@ def test_a_model_that_reloads_to_other_tokens_is_not_written(vit, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_weights_that_cannot_be_written_leave_the_older_export_alone(vit, tmp_path, monkeypatch):
+    from safetensors import SafetensorError
+
+    export_backbone(vit, TINY, tmp_path, {"step": 1})
+
+    def no_space(state, file, metadata):
+        file.write_bytes(b"half")
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr("snd_nerfstudio.exporting.backbone.save_file", no_space)
+    with pytest.raises(InputError, match="No space left"):
+        export_backbone(vit, TINY, tmp_path, {"step": 2})
+    assert json.loads((tmp_path / MANIFEST).read_text())["step"] == 1
+    assert sorted(f.name for f in tmp_path.iterdir()) == sorted([MANIFEST, WEIGHTS])
+
+
 def test_a_folder_that_cannot_be_written_is_named(vit, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="--output-dir .*file cannot be written"):

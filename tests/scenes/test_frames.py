@@ -125,6 +125,21 @@ def test_a_damaged_file_is_named(frames, damage, message):
         load(frames)
 
 
+def test_sizes_are_compared_for_every_frame_before_training(frames):
+    Image.new("I;16", (5, 5)).save(frames.mask_files[1])  # not the first frame of its scene, which alone is decoded
+    with pytest.raises(InputError, match=r"mask_1\.png has 5x5 pixels"):
+        check_frames(frames, needs_masks=True, needs_depth=False)
+    Image.new("RGB", (30, 19)).save(frames.image_files[1])
+    with pytest.raises(InputError, match=r"1\.png has 30x19 pixels"):
+        check_frames(frames, needs_masks=False, needs_depth=False)
+
+
+def test_an_empty_array_is_named(frames, tmp_path):
+    (tmp_path / "d.npy").write_bytes(b"")
+    with pytest.raises(InputError, match=r"d\.npy cannot be decoded"):
+        load(replace(frames, depth_files=[tmp_path / "d.npy"] * 2))
+
+
 def test_absent_masks_and_depth_are_refused_before_training_with_the_remedy(frames):
     with pytest.raises(InputError, match="--pipeline.datamanager.masks none"):
         check_frames(replace(frames, mask_files=None), needs_masks=True, needs_depth=False)
