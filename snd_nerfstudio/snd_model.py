@@ -1,7 +1,7 @@
 """Teacher, student and the loss between them."""
 
 from dataclasses import dataclass, field, fields
-from typing import Any, Dict, Literal, Mapping, Optional, Type, Union
+from typing import Any, Dict, Literal, Mapping, Optional, Type
 
 import torch
 from jaxtyping import Bool, Float
@@ -347,11 +347,3 @@ class SnDModel(Model):
     def get_outputs_for_camera(self, camera: Cameras, obb_box: Optional[OrientedBox] = None) -> Dict[str, Tensor]:
         """Pictures of the shown triplet's Gaussians for any camera, each ``[H, W, 1 or 3]``; grey where that fails."""
         return self.display.render(to_pinhole(camera.to(self.device)), self.device)
-
-    def get_outputs(self, ray_bundle: Union[Cameras, Any]) -> Dict[str, Union[Tensor, list]]:
-        """Outputs for a camera; there are no rays here."""
-        return self.get_outputs_for_camera(ray_bundle)  # type: ignore
-
-    def get_image_metrics_and_images(self, outputs: Any, batch: Any) -> Any:
-        """Evaluation is over triplets, in the pipeline."""
-        raise NotImplementedError("evaluated by SnDPipeline")
