@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Optional
 
@@ -50,6 +51,11 @@ class Frames:
 
     def __len__(self) -> int:
         return len(self.image_files)
+
+    @cached_property
+    def has_depth(self) -> bool:
+        """Whether every frame has a depth map on disk; some alone count as none."""
+        return self.depth_files is not None and all(_on_disk(self.depth_files))
 
 
 def check_frames(frames: Frames, needs_masks: bool, needs_depth: bool) -> None:
@@ -104,13 +110,18 @@ def _check_files_exist(frames: Frames, needs_masks: bool, needs_depth: bool) -> 
     for kind, files, remedy in wanted:
         if files is None:
             raise InputError(f"No {kind} is known for any frame, e.g. {frames.image_files[0]}: {remedy}.")
-        with ThreadPoolExecutor(8) as pool:  # stat calls wait for the disk, not for the interpreter
-            present = list(pool.map(lambda file: file is not None and file.is_file(), files))
+        present = _on_disk(files)
         if not all(present):
             bad = present.index(False)
             name = files[bad] if files[bad] is not None else f"for {frames.image_files[bad]}"
             count = len(present) - sum(present)
             raise InputError(f"Missing {kind} {name} ({count} of {len(present)} are missing): {remedy}.")
+
+
+def _on_disk(files: Sequence[Optional[Path]]) -> list[bool]:
+    """Whether each file exists."""
+    with ThreadPoolExecutor(8) as pool:  # stat calls wait for the disk, not for the interpreter
+        return list(pool.map(lambda file: file is not None and file.is_file(), files))
 
 
 def _check_headers(frames: Frames, needs_masks: bool) -> None:

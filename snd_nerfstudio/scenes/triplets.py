@@ -6,10 +6,10 @@ Every valid context pair is enumerated once, so a draw cannot fail and needs no 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Optional
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from snd_nerfstudio.errors import InputError
 
@@ -31,17 +31,27 @@ class TripletIndex:
     target: int
 
 
+def growing_gap(step: int, initial: int, final: int, warmup_steps: int) -> int:
+    """Largest gap at a step: ``initial + floor((final - initial) * step / warmup_steps)``, at most ``final``.
+
+    It is how MVSplat's training widens the distance between its contexts.
+    """
+    return min(initial + (final - initial) * step // warmup_steps, final)
+
+
 class TripletSampler:
     """Draws triplets from scenes whose frames are ordered along a camera path (paper section 3.1).
 
     Args:
         scene_index: scene number of each frame, ``[frames]``.
         frame_order: position of each frame in its scene's capture, ``[frames]``; dropped frames leave gaps in it.
-        positions: camera centres ``[frames 3]`` in world units; pairs without baseline are left out.
+        camera_to_worlds: OpenCV camera-to-world of each frame, ``[frames 4 4]``; pairs without baseline are left out.
         scene_names: for messages.
         min_gap: smallest difference of ``frame_order`` between the contexts.
         max_gap: largest such difference.
         target_view: where the target lies.
+        max_angle: largest angle between the contexts' viewing directions in degrees; pairs beyond are left out. None:
+            no limit.
 
     Raises:
         InputError: the gaps make no sense.
@@ -52,11 +62,12 @@ class TripletSampler:
         self,
         scene_index: Int[np.ndarray, "frames"],
         frame_order: Int[np.ndarray, "frames"],
-        positions: Float[np.ndarray, "frames 3"],
+        camera_to_worlds: Float[np.ndarray, "frames 4 4"],
         scene_names: Sequence[str],
         min_gap: int = 8,
         max_gap: int = 12,
         target_view: TargetView = "between",
+        max_angle: Optional[float] = None,
     ) -> None:
         smallest = 2 if target_view == "between" else 1
         if not smallest <= min_gap <= max_gap:
@@ -66,7 +77,9 @@ class TripletSampler:
             )
         self.target_view: TargetView = target_view
         self.scene_names = tuple(scene_names)
+        self.max_angle = max_angle
         self.zero_baseline_pairs = 0
+        self.opposite_pairs = 0
         # pairs[scene][gap] = [n 2] frame numbers; targets are looked up per draw from the sorted frames of the scene
         self._frames_of_scene: list[Int[np.ndarray, "n"]] = []
         self._order = np.asarray(frame_order)
@@ -75,13 +88,17 @@ class TripletSampler:
             frames = np.flatnonzero(scene_index == scene)
             frames = frames[np.argsort(self._order[frames], kind="stable")]
             self._frames_of_scene.append(frames)
-            self._pairs.append(self._pairs_of_scene(frames, positions, min_gap, max_gap))
+            self._pairs.append(self._pairs_of_scene(frames, camera_to_worlds, min_gap, max_gap))
         self.usable_scenes = np.array([s for s, pairs in enumerate(self._pairs) if pairs], dtype=np.int64)
         if len(self.usable_scenes) == 0:
             raise NoTripletError(self._no_triplet_message(min_gap, max_gap))
 
     def _pairs_of_scene(
-        self, frames: Int[np.ndarray, "n"], positions: Float[np.ndarray, "frames 3"], min_gap: int, max_gap: int
+        self,
+        frames: Int[np.ndarray, "n"],
+        camera_to_worlds: Float[np.ndarray, "frames 4 4"],
+        min_gap: int,
+        max_gap: int,
     ) -> dict[int, Int[np.ndarray, "pairs 2"]]:
         order = self._order[frames]
         pairs: dict[int, Int[np.ndarray, "pairs 2"]] = {}
@@ -92,16 +109,34 @@ class TripletSampler:
                 found &= partner - np.arange(len(order)) > 1  # a frame strictly between survived
             left = np.flatnonzero(found)
             candidates = np.stack([frames[left], frames[partner[left]]], axis=1)
-            baseline = np.linalg.norm(positions[candidates[:, 0]] - positions[candidates[:, 1]], axis=1)
-            self.zero_baseline_pairs += int((baseline < 1e-6).sum())
-            candidates = candidates[baseline >= 1e-6]
+            candidates = candidates[self._reconstructible(camera_to_worlds[candidates])]
             if len(candidates):
                 pairs[gap] = candidates
         return pairs
 
+    def _reconstructible(self, cameras: Float[np.ndarray, "pairs 2 4 4"]) -> Bool[np.ndarray, "pairs"]:
+        """Which pairs have a baseline and look in similar directions; the others are counted."""
+        kept = np.linalg.norm(cameras[:, 0, :3, 3] - cameras[:, 1, :3, 3], axis=1) >= 1e-6
+        self.zero_baseline_pairs += int((~kept).sum())
+        if self.max_angle is not None:
+            first, second = cameras[:, 0, :3, 2], cameras[:, 1, :3, 2]
+            sine, cosine = np.linalg.norm(np.cross(first, second), axis=1), (first * second).sum(axis=1)
+            opposite = kept & (np.degrees(np.arctan2(sine, cosine)) > self.max_angle + 1e-6)
+            self.opposite_pairs += int(opposite.sum())
+            kept &= ~opposite
+        return kept
+
     def _no_triplet_message(self, min_gap: int, max_gap: int) -> str:
         longest = int(np.argmax([len(frames) for frames in self._frames_of_scene]))
         count = len(self._frames_of_scene[longest])
+        if self.opposite_pairs:
+            others = f", the other {self.zero_baseline_pairs} have the same camera position"
+            return (
+                f"{self.opposite_pairs} context pairs look more than {self.max_angle:g} degrees apart"
+                f"{others if self.zero_baseline_pairs else ''}: none is left. Check the rotation of the poses and the "
+                "order of the frames, lower --pipeline.datamanager.max-context-gap, or raise "
+                "--pipeline.datamanager.max-context-angle."
+            )
         if self.zero_baseline_pairs:
             return (
                 f"All {self.zero_baseline_pairs} context pairs have the same camera position: a target cannot be "
@@ -115,7 +150,7 @@ class TripletSampler:
 
     @property
     def skipped_scenes(self) -> list[str]:
-        """Names of the scenes too short to give a triplet."""
+        """Names of the scenes that give no triplet: too short, or without a pair that can be reconstructed."""
         usable = set(self.usable_scenes.tolist())
         return [name for scene, name in enumerate(self.scene_names) if scene not in usable]
 
@@ -135,15 +170,25 @@ class TripletSampler:
             inside |= (frames == left) | (frames == right)
         return frames[inside]
 
-    def draw(self, seed: int, step: int, rank: int = 0, item: int = 0) -> TripletIndex:
+    def draw(self, seed: int, step: int, rank: int = 0, item: int = 0, max_gap: Optional[int] = None) -> TripletIndex:
         """One random triplet: scene, gap, pair and target are each drawn uniformly.
 
         Every scene counts the same however many frames it has (as in the released code, one item per scene and epoch).
+
+        Args:
+            seed: of the run.
+            step: of training.
+            rank: of the process.
+            item: of the step.
+            max_gap: largest gap for now; a scene whose pairs are all further apart gives those of its smallest gap.
         """
         generator = np.random.default_rng([seed, step, rank, item])
         scene = int(generator.choice(self.usable_scenes))
         pairs = self._pairs[scene]
-        gap = int(generator.choice(np.array(sorted(pairs))))
+        gaps = sorted(pairs)
+        if max_gap is not None:
+            gaps = [gap for gap in gaps if gap <= max_gap] or gaps[:1]
+        gap = int(generator.choice(np.array(gaps)))
         left, right = (int(frame) for frame in pairs[gap][generator.integers(len(pairs[gap]))])
         target = int(generator.choice(self._targets(scene, left, right)))
         return TripletIndex((left, right), target)

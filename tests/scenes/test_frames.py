@@ -147,6 +147,14 @@ def test_absent_masks_and_depth_are_refused_before_training_with_the_remedy(fram
         check_frames(replace(frames, depth_files=None), needs_masks=False, needs_depth=True)
 
 
+def test_a_dataset_has_depth_only_if_every_frame_has_a_file(frames):
+    assert frames.has_depth
+    assert not replace(frames, depth_files=None).has_depth
+    assert not replace(frames, depth_files=[frames.depth_files[0], None]).has_depth
+    frames.depth_files[1].unlink()
+    assert not replace(frames).has_depth
+
+
 @pytest.mark.parametrize(
     ("pose", "message"),
     [

@@ -4,17 +4,33 @@ import numpy as np
 import pytest
 
 from snd_nerfstudio.errors import InputError
-from snd_nerfstudio.scenes.triplets import NoTripletError, TripletSampler
+from snd_nerfstudio.scenes.triplets import NoTripletError, TripletIndex, TripletSampler, growing_gap
 
 
-def sampler(counts=(30, 20), min_gap=8, max_gap=12, target_view="between", order=None, positions=None):
+def sampler(counts=(30, 20), min_gap=8, max_gap=12, order=None, positions=None, rotations=None, **settings):
     scene_index = np.repeat(np.arange(len(counts)), counts)
     if order is None:
         order = np.concatenate([np.arange(n) for n in counts])
     if positions is None:
         positions = np.stack([np.arange(len(order)) * 0.1, np.zeros(len(order)), np.zeros(len(order))], axis=1)
+    poses = np.tile(np.eye(4), (len(order), 1, 1))
+    poses[:, :3, 3] = positions
+    if rotations is not None:
+        poses[:, :3, :3] = rotations
     names = [f"s{i}" for i in range(len(counts))]
-    return TripletSampler(scene_index, order, positions, names, min_gap, max_gap, target_view)
+    return TripletSampler(scene_index, order, poses, names, min_gap, max_gap, **settings)
+
+
+def turned(degrees):
+    """Rotations about the y axis, the cameras' x axes in the plane of their z axes."""
+    angles = np.radians(degrees)
+    zero, one = np.zeros(len(angles)), np.ones(len(angles))
+    rows = [[np.cos(angles), zero, np.sin(angles)], [zero, one, zero], [-np.sin(angles), zero, np.cos(angles)]]
+    return np.array(rows).transpose(2, 0, 1)
+
+
+def draws_of(chosen, **settings):
+    return [chosen.draw(0, step, **settings) for step in range(200)]
 
 
 def test_contexts_are_of_one_scene_the_gap_apart_and_the_target_strictly_between():
@@ -93,6 +109,73 @@ def test_pairs_without_baseline_are_left_out_and_counted():
         assert left < 15 <= right
     with pytest.raises(InputError, match="same camera position"):
         sampler(counts=(30,), positions=np.zeros((30, 3)))
+
+
+def test_contexts_that_look_in_opposite_directions_are_left_out_and_counted():
+    rotations = turned(np.where(np.arange(30) < 15, 0.0, 100.0))
+    chosen = sampler(counts=(30,), rotations=rotations, max_angle=90.0)
+    for step in range(100):
+        left, right = chosen.draw(0, step).context
+        assert (left < 15) == (right < 15)
+    # as many pairs of a gap cross the middle as the gap is long
+    assert chosen.opposite_pairs == 8 + 9 + 10 + 11 + 12 and chosen.num_pairs == 100 - 50
+    unlimited = sampler(counts=(30,), rotations=rotations)
+    assert unlimited.opposite_pairs == 0 and unlimited.num_pairs == 100
+
+
+def test_the_largest_angle_itself_is_allowed():
+    # four degrees a frame, gaps 8 to 12: 32, 36, 40, 44 and 48 degrees apart
+    rotations = turned(4.0 * np.arange(30))
+    gaps = {d.context[1] - d.context[0] for d in draws_of(sampler(counts=(30,), rotations=rotations, max_angle=40.0))}
+    assert gaps == {8, 9, 10}
+    # 22.5 degrees a frame: 8 frames are 180 degrees and 12 are 270, which is 90 the other way
+    rotations = turned(22.5 * np.arange(30))
+    gaps = {d.context[1] - d.context[0] for d in draws_of(sampler(counts=(30,), rotations=rotations, max_angle=90.0))}
+    assert gaps == {12}
+
+
+def test_rolling_about_the_viewing_direction_is_no_turn():
+    angle = np.pi * np.arange(30) / 10  # upside down after 10 frames
+    zero, one = np.zeros(30), np.ones(30)
+    rows = [[np.cos(angle), -np.sin(angle), zero], [np.sin(angle), np.cos(angle), zero], [zero, zero, one]]
+    chosen = sampler(counts=(30,), rotations=np.array(rows).transpose(2, 0, 1), max_angle=1.0)
+    assert chosen.num_pairs == 100 and chosen.opposite_pairs == 0
+
+
+def test_when_all_pairs_look_apart_the_message_says_so():
+    rotations = turned(10.0 * np.arange(30))
+    with pytest.raises(NoTripletError, match=r"^100 context pairs look more than 60 degrees apart:.*max-context-angle"):
+        sampler(counts=(30,), rotations=rotations, max_angle=60.0)
+    positions = np.zeros((30, 3))
+    positions[0] = 1.0  # the five pairs of the first frame alone have a baseline
+    with pytest.raises(NoTripletError, match=r"^5 context pairs.* apart, the other 95 have the same camera position"):
+        sampler(counts=(30,), positions=positions, rotations=rotations, max_angle=60.0)
+
+
+def test_a_draw_stays_what_it_was_in_earlier_versions():
+    # a run that is resumed after an update must see the triplets it would have seen
+    chosen = sampler()
+    assert chosen.draw(42, 0) == TripletIndex((12, 23), 17)
+    assert chosen.draw(42, 1, rank=1) == TripletIndex((12, 22), 17)
+    assert chosen.draw(7, 49_999, item=3) == TripletIndex((34, 45), 38)
+
+
+def test_the_largest_gap_of_a_draw_can_be_lowered():
+    chosen = sampler()
+    assert {d.context[1] - d.context[0] for d in draws_of(chosen, max_gap=9)} == {8, 9}
+    assert draws_of(chosen, max_gap=12) == draws_of(chosen)
+
+
+def test_a_scene_without_a_pair_within_the_largest_gap_gives_its_smallest():
+    order = np.arange(0, 30, 5)
+    chosen = sampler(counts=(6,), min_gap=8, max_gap=20, order=order)  # pairs are 10, 15 or 20 apart
+    assert {order[d.context[1]] - order[d.context[0]] for d in draws_of(chosen, max_gap=8)} == {10}
+
+
+def test_the_largest_gap_grows_evenly_and_then_stays():
+    gaps = [growing_gap(step, initial=8, final=12, warmup_steps=100) for step in range(0, 201)]
+    assert [gaps[step] for step in (0, 24, 25, 49, 50, 75, 99, 100, 200)] == [8, 8, 9, 9, 10, 11, 11, 12, 12]
+    assert gaps == sorted(gaps)
 
 
 def test_a_scene_that_is_too_short_is_named_or_skipped():

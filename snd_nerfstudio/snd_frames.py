@@ -1,0 +1,137 @@
+"""Nerfstudio's description of a dataset in the package's own terms, and some of it back for nerfstudio's viewer."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from nerfstudio.cameras.cameras import Cameras, CameraType
+from nerfstudio.data.dataparsers.base_dataparser import DataparserOutputs
+from torch.utils.data import Dataset
+
+from data_parsers.multi_scene import natural_key
+from snd_nerfstudio.errors import InputError
+from snd_nerfstudio.scenes.frames import Frames, load_views
+
+OPENGL_TO_OPENCV = np.diag([1.0, -1.0, -1.0, 1.0])
+
+
+def to_frames(outputs: DataparserOutputs) -> Frames:
+    """Nerfstudio's description of a dataset in the package's conventions; here the dataset's poses change axes.
+
+    Outputs of our own dataparsers name scenes, masks and depth in their metadata; those of any other one are taken as
+    a single scene in the order of its file names.
+
+    Raises:
+        InputError: the cameras are not perspective ones, or there are none.
+    """
+    cameras, metadata = outputs.cameras, outputs.metadata
+    count = len(outputs.image_filenames)
+    if count == 0:
+        raise InputError("The dataset has no frames.")
+    if not (cameras.camera_type == CameraType.PERSPECTIVE.value).all():
+        raise InputError(
+            f"The cameras of {outputs.image_filenames[0]} (and others) are not perspective ones: undistort the images "
+            "to pinholes first, e.g. with ns-process-data or the dataset's own tool."
+        )
+    poses = np.tile(np.eye(4), (count, 1, 1))
+    poses[:, :3] = cameras.camera_to_worlds.double().numpy()
+    intrinsics = np.tile(np.eye(3), (count, 1, 1))
+    for place, values in (((0, 0), cameras.fx), ((1, 1), cameras.fy), ((0, 2), cameras.cx), ((1, 2), cameras.cy)):
+        intrinsics[:, place[0], place[1]] = values.flatten().double().numpy()
+    sizes = torch.stack([cameras.height.flatten(), cameras.width.flatten()], dim=1).numpy()
+    distortion = None if cameras.distortion_params is None else cameras.distortion_params.double().numpy()
+    unit = float(metadata.get("depth_unit_scale_factor", 1e-3)) * outputs.dataparser_scale
+    order = np.empty(count, dtype=np.int64)
+    order[by_name(outputs)] = np.arange(count)
+    return Frames(
+        image_files=outputs.image_filenames,
+        camera_to_worlds=poses @ OPENGL_TO_OPENCV,
+        intrinsics=intrinsics,
+        sizes=sizes,
+        scene_index=np.asarray(metadata.get("scene_index", np.zeros(count, dtype=np.int64))),
+        frame_order=np.asarray(metadata.get("frame_order", order)),
+        scene_names=tuple(metadata.get("scene_names", [outputs.image_filenames[0].parent.name])),
+        distortion=distortion,
+        mask_files=metadata.get("instance_filenames"),
+        depth_files=metadata.get("depth_filenames"),
+        depth_scale=np.asarray(metadata.get("depth_scale", np.full(count, unit)), dtype=np.float64),
+    )
+
+
+def by_name(outputs: DataparserOutputs) -> Int[np.ndarray, "frames"]:
+    """Frame numbers in the natural order of their file names."""
+    names = [str(file) for file in outputs.image_filenames]
+    return np.array(sorted(range(len(names)), key=lambda frame: natural_key(names[frame])), dtype=np.int64)
+
+
+def subset(outputs: DataparserOutputs, chosen: Int[np.ndarray, "n"]) -> DataparserOutputs:
+    """Some frames of a foreign dataparser's single scene."""
+    metadata = dict(outputs.metadata)
+    for name in ("depth_filenames", "instance_filenames"):
+        if metadata.get(name) is not None:
+            metadata[name] = [metadata[name][i] for i in chosen]
+    return DataparserOutputs(
+        image_filenames=[outputs.image_filenames[i] for i in chosen],
+        cameras=outputs.cameras[torch.from_numpy(chosen)],
+        scene_box=outputs.scene_box,
+        metadata=metadata,
+        dataparser_transform=outputs.dataparser_transform,
+        dataparser_scale=outputs.dataparser_scale,
+    )
+
+
+class SceneImages(Dataset):
+    """The frames of one scene as nerfstudio's viewer and renderer want them; only these are decoded for the viewer.
+
+    Args:
+        frames: the dataset.
+        indices: frames of the scene.
+        cameras: nerfstudio's cameras of exactly these frames, scaled to ``size``.
+        outputs: the dataparser's, for the scene box.
+        size: height and width of the images.
+    """
+
+    def __init__(
+        self, frames: Frames, indices: np.ndarray, cameras: Cameras, outputs: DataparserOutputs, size: tuple[int, int]
+    ) -> None:
+        self.cameras = cameras
+        self.scene_box = outputs.scene_box
+        self.metadata: dict[str, Any] = {}
+        self.image_filenames = [frames.image_files[i] for i in indices]
+        self._frames, self._indices, self._size = frames, indices, size
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, item: int) -> dict[str, Any]:
+        """``image`` float ``[H, W, 3]`` in [0, 1]."""
+        views = load_views(self._frames, [int(self._indices[item])], self._size, with_masks=False, with_depth=False)
+        return {"image_idx": item, "image": views.images[0].permute(1, 2, 0)}
+
+
+def scene_images(
+    frames: Frames, outputs: DataparserOutputs, scene: int, size: tuple[int, int], most: int
+) -> SceneImages:
+    """At most ``most`` frames of a scene, spread evenly over its capture.
+
+    Args:
+        frames: the dataset.
+        outputs: the dataparser's, of the same frames.
+        scene: number of the scene.
+        size: height and width to resize to.
+        most: how many frames.
+    """
+    indices = np.flatnonzero(frames.scene_index == scene)
+    indices = indices[np.argsort(frames.frame_order[indices], kind="stable")]
+    indices = indices[np.unique(np.linspace(0, len(indices) - 1, most).round().astype(int))]
+    cameras = outputs.cameras[torch.from_numpy(indices)]
+    height, width = size
+    cameras.fx = cameras.fx * width / cameras.width
+    cameras.cx = cameras.cx * width / cameras.width
+    cameras.fy = cameras.fy * height / cameras.height
+    cameras.cy = cameras.cy * height / cameras.height
+    cameras.width = torch.full_like(cameras.width, width)
+    cameras.height = torch.full_like(cameras.height, height)
+    cameras.distortion_params = None
+    return SceneImages(frames, indices, cameras, outputs, size)

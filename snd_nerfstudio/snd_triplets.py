@@ -1,0 +1,321 @@
+"""From a dataset on disk to view triplets: what every method of this package trains on."""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, Optional, Tuple, Type, Union
+
+import torch
+from nerfstudio.configs.dataparser_configs import AnnotatedDataParserUnion
+from nerfstudio.data.datamanagers.base_datamanager import DataManager, DataManagerConfig
+from nerfstudio.data.dataparsers.base_dataparser import DataparserOutputs
+from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackAttributes
+from nerfstudio.utils.rich_utils import CONSOLE
+
+from data_parsers.multi_scene import held_out_tail
+from data_parsers.nerfstudio_scenes import NerfstudioScenesConfig
+from data_parsers.scannetpp import ScanNetppScenesConfig
+from snd_nerfstudio.errors import InputError
+from snd_nerfstudio.scenes.frames import Frames, check_frames, load_views
+from snd_nerfstudio.scenes.prefetch import Prefetcher
+from snd_nerfstudio.scenes.triplets import NoTripletError, TargetView, TripletIndex, TripletSampler, growing_gap
+from snd_nerfstudio.scenes.views import Views, ViewTriplet
+from snd_nerfstudio.snd_frames import by_name, scene_images, subset, to_frames
+
+VIEWER_FRAMES = 32
+MATCHING_ANGLE = 90.0
+"""Degrees between the contexts' viewing directions beyond which they are not matched with each other."""
+
+
+@dataclass
+class TripletDataManagerConfig(DataManagerConfig):
+    """View triplets from many scenes."""
+
+    _target: Type = field(default_factory=lambda: TripletDataManager)
+    """Target class to instantiate."""
+    dataparser: AnnotatedDataParserUnion = field(default_factory=ScanNetppScenesConfig)
+    """Layout of the dataset on disk."""
+    image_size: Optional[Tuple[int, int]] = None
+    """Height and width every frame is resized to; multiples of 112 fit every network exactly. None: by the profile."""
+    min_context_gap: Optional[int] = None
+    """Fewest frames between the two contexts' positions in the capture. None: by the profile (8)."""
+    max_context_gap: Optional[int] = None
+    """Most frames between the two contexts' positions in the capture. None: by the profile (12)."""
+    initial_max_context_gap: Optional[int] = None
+    """Largest gap at step 0; it grows evenly to max-context-gap over gap-warmup-steps. None: max-context-gap."""
+    gap_warmup_steps: int = 0
+    """Steps until the largest gap is max-context-gap, from initial-max-context-gap on."""
+    max_context_angle: Optional[float] = None
+    """Most degrees between the contexts' viewing directions; pairs beyond are left out. None: 90 where the contexts are
+    matched with each other, no limit elsewhere."""
+    target_view: Optional[TargetView] = None
+    """Where the target lies: strictly `between` the contexts, `between_or_context`, or at a `context` (ablation E).
+    None: by the profile (between)."""
+    all_scenes: Optional[bool] = None
+    """Train on the held-out scenes too, as the released code does. None: by the profile."""
+    masks: Literal["stored", "none"] = "stored"
+    """Instance masks: the dataset's own, or none (plain bilinear lifting, no blending)."""
+    triplets_per_step: int = 1
+    """Triplets in one training step (per process)."""
+    eval_triplets: int = 16
+    """How many held-out triplets are evaluated, spread over the held-out scenes."""
+    workers: int = 2
+    """Threads that decode and resize ahead of training."""
+    prefetch: int = 4
+    """Training steps kept ready in advance."""
+
+
+class TripletDataManager(DataManager):
+    """Reads the dataset, draws triplets and loads them in the background.
+
+    Every field that a profile may decide must be resolved (``snd_nerfstudio.profiles.resolve``) before.
+
+    Args:
+        config: resolved config.
+        device: where triplets are moved to.
+        test_mode: nerfstudio's; both splits are always known, nothing is decoded before it is needed.
+        world_size: number of processes.
+        local_rank: of this process; its triplets differ from the others'.
+        seed: of the triplets.
+    """
+
+    config: TripletDataManagerConfig
+
+    def __init__(
+        self,
+        config: TripletDataManagerConfig,
+        device: Union[torch.device, str] = "cpu",
+        test_mode: Literal["test", "val", "inference"] = "val",
+        world_size: int = 1,
+        local_rank: int = 0,
+        seed: int = 42,
+        **kwargs: Any,
+    ) -> None:
+        torch.nn.Module.__init__(self)  # nerfstudio's own constructor would set up pixel samplers
+        assert config.image_size is not None and config.target_view is not None
+        assert config.min_context_gap is not None and config.max_context_gap is not None
+        self.config = config
+        self.device = device
+        self.rank = local_rank
+        self.seed = seed
+        self.size: tuple[int, int] = config.image_size
+        self._check_config()
+        self._check_gap_growth()
+        self.includes_time = False
+        if config.data is not None:
+            config.dataparser.data = Path(config.data)
+        train_outputs, eval_outputs = self._parse()
+        self.train_dataparser_outputs = train_outputs
+        self.train_frames, self.triplets = self._prepare(train_outputs)
+        self._report()
+        self.eval_frames: Optional[Frames] = None
+        self._eval_indices: list[TripletIndex] = []
+        try:
+            self.eval_frames, eval_sampler = self._prepare(eval_outputs)
+            self._eval_indices = eval_sampler.spread(config.eval_triplets)
+        except NoTripletError as error:
+            CONSOLE.log(f"[yellow]Nothing is held out for evaluation: {error}")
+        self.train_dataset = scene_images(  # type: ignore
+            self.train_frames, train_outputs, self.shown_scene, self.size, VIEWER_FRAMES
+        )
+        self.eval_dataset = None
+        if self._eval_indices and self.eval_frames is not None:
+            self.eval_dataset = scene_images(self.eval_frames, eval_outputs, 0, self.size, VIEWER_FRAMES)  # type: ignore
+        self._prefetcher = Prefetcher(self._load_step, config.workers, config.prefetch)
+
+    # ------------------------------------------------------------------ what a method asks for
+
+    @property
+    def needs_depth(self) -> bool:
+        """Whether training reads the contexts' depth maps, so that every frame must have one."""
+        return False
+
+    @property
+    def needs_overlap(self) -> bool:
+        """Whether the contexts are matched with each other, so that they must look in similar directions."""
+        return False
+
+    @property
+    def with_masks(self) -> bool:
+        """Whether instance masks are read."""
+        return self.config.masks == "stored"
+
+    @property
+    def max_context_angle(self) -> Optional[float]:
+        """Most degrees between the contexts' viewing directions, or None."""
+        if self.config.max_context_angle is None and self.needs_overlap:
+            return MATCHING_ANGLE
+        return self.config.max_context_angle
+
+    def max_context_gap(self, step: int) -> int:
+        """The largest gap between contexts that a training step may draw."""
+        initial, final = self.config.initial_max_context_gap, self.config.max_context_gap
+        assert final is not None
+        return final if initial is None else growing_gap(step, initial, final, self.config.gap_warmup_steps)
+
+    # ------------------------------------------------------------------ setting up
+
+    def _check_config(self) -> None:
+        if min(self.size) < 14:
+            raise InputError(f"--pipeline.datamanager.image-size {self.size}: a side is shorter than one patch.")
+        for name in ("triplets_per_step", "workers", "prefetch", "eval_triplets"):
+            if getattr(self.config, name) < 1:
+                raise InputError(f"--pipeline.datamanager.{name.replace('_', '-')} must be at least 1.")
+        angle = self.config.max_context_angle
+        if angle is not None and not 0 < angle <= 180:
+            raise InputError(
+                f"--pipeline.datamanager.max-context-angle {angle:g}: give degrees above 0 and up to 180 (no limit)."
+            )
+
+    def _check_gap_growth(self) -> None:
+        config = self.config
+        low, initial, high = config.min_context_gap, config.initial_max_context_gap, config.max_context_gap
+        if (initial is None) != (config.gap_warmup_steps == 0) or config.gap_warmup_steps < 0:
+            raise InputError(
+                f"--pipeline.datamanager.initial-max-context-gap {initial}, --pipeline.datamanager.gap-warmup-steps "
+                f"{config.gap_warmup_steps}: give both a gap and at least 1 step for gaps that grow, or None and 0 for "
+                "gaps that do not."
+            )
+        if initial is not None and not low <= initial <= high:  # type: ignore
+            raise InputError(
+                f"--pipeline.datamanager.initial-max-context-gap {initial}: it must lie between "
+                f"--pipeline.datamanager.min-context-gap ({low}) and --pipeline.datamanager.max-context-gap ({high})."
+            )
+
+    def _parse(self) -> tuple[DataparserOutputs, DataparserOutputs]:
+        root = self.config.dataparser.data
+        if not root.exists():
+            raise InputError(f"--data {root}: no such file or folder.")
+        parser = self.config.dataparser.setup()
+        if isinstance(self.config.dataparser, (ScanNetppScenesConfig, NerfstudioScenesConfig)):
+            if self.config.all_scenes:
+                CONSOLE.log("[yellow]Training on all scenes: the held-out metrics are then of scenes seen in training.")
+            train = parser.get_dataparser_outputs(split="all" if self.config.all_scenes else "train")
+            return train, parser.get_dataparser_outputs(split="val")
+        train = parser.get_dataparser_outputs(split="train")
+        # another parser's split takes every n-th frame; triplets need neighbours, so its training frames are cut here
+        order = by_name(train)
+        if len(order) < 3:
+            raise InputError(f"--data {root}: {len(order)} training frames; a triplet needs at least three.")
+        tail = held_out_tail(len(order))
+        kept = order if self.config.all_scenes else order[: len(order) - tail]
+        return subset(train, kept), subset(train, order[len(order) - tail :])
+
+    def _prepare(self, outputs: DataparserOutputs) -> tuple[Frames, TripletSampler]:
+        config = self.config
+        frames = to_frames(outputs)
+        check_frames(frames, self.with_masks, self.needs_depth)
+        sampler = TripletSampler(
+            frames.scene_index,
+            frames.frame_order,
+            frames.camera_to_worlds,
+            frames.scene_names,
+            config.min_context_gap,  # type: ignore
+            config.max_context_gap,  # type: ignore
+            config.target_view,  # type: ignore
+            self.max_context_angle,
+        )
+        return frames, sampler
+
+    def _report(self) -> None:
+        sampler, frames = self.triplets, self.train_frames
+        CONSOLE.log(
+            f"Training on {len(frames)} frames of {len(sampler.usable_scenes)} scenes, {sampler.num_pairs} context "
+            f"pairs, resized to {self.size[0]}x{self.size[1]}."
+        )
+        if sampler.skipped_scenes:
+            CONSOLE.log(f"[yellow]Without a context pair, left out: {', '.join(sampler.skipped_scenes[:10])}")
+        if sampler.zero_baseline_pairs:
+            CONSOLE.log(f"[yellow]{sampler.zero_baseline_pairs} context pairs without baseline are left out.")
+        if sampler.opposite_pairs:
+            CONSOLE.log(
+                f"[yellow]{sampler.opposite_pairs} context pairs that look more than {sampler.max_angle:g} degrees "
+                "apart are left out."
+            )
+        stretch = (self.size[1] / self.size[0]) / (frames.sizes[:, 1] / frames.sizes[:, 0])
+        if max(stretch.max(), 1 / stretch.min()) > 1.05:
+            height, width = (int(n) for n in frames.sizes[0])
+            fitting = max(round(self.size[1] * height / width / 14), 1) * 14
+            CONSOLE.log(
+                f"[yellow]Frames of {height}x{width} are stretched to {self.size[0]}x{self.size[1]}; "
+                f"--pipeline.datamanager.image-size {fitting} {self.size[1]} would keep their shape."
+            )
+
+    # ------------------------------------------------------------------ triplets
+
+    def _load(self, frames: Frames, index: TripletIndex, with_depth: bool = False) -> ViewTriplet:
+        all_depth = with_depth and frames.has_depth
+
+        def views(indices: list[int], depth: bool) -> Views:
+            return load_views(frames, indices, self.size, self.with_masks, depth)
+
+        return ViewTriplet(
+            context=views(list(index.context), all_depth or self.needs_depth),
+            target=views([index.target], all_depth),
+            scene=frames.scene_names[int(frames.scene_index[index.target])],
+        )
+
+    def _load_step(self, step: int) -> list[ViewTriplet]:
+        items, gap = range(self.config.triplets_per_step), self.max_context_gap(step)
+        draws = [self.triplets.draw(self.seed, step, self.rank, item, gap) for item in items]
+        return [self._load(self.train_frames, draw) for draw in draws]
+
+    def next_train(self, step: int) -> list[ViewTriplet]:  # type: ignore[override]
+        """The triplets of a training step, on the device: a function of (seed, step, rank) alone."""
+        return [triplet.to(self.device) for triplet in self._prefetcher.get(step)]
+
+    @property
+    def num_eval_triplets(self) -> int:
+        """How many held-out triplets there are; 0 if nothing could be held out."""
+        return len(self._eval_indices)
+
+    def eval_triplet(self, number: int, with_depth: bool = False) -> ViewTriplet:
+        """A held-out triplet, on the device.
+
+        Args:
+            number: below ``num_eval_triplets``.
+            with_depth: give contexts and target their depth maps if every held-out frame has one.
+        """
+        assert self.eval_frames is not None
+        return self._load(self.eval_frames, self._eval_indices[number], with_depth).to(self.device)
+
+    def train_triplets(self, count: int, with_depth: bool = False) -> list[ViewTriplet]:
+        """Training triplets spread over scenes and paths, on the device.
+
+        Args:
+            count: at most how many.
+            with_depth: give contexts and targets their depth maps if every training frame has one.
+        """
+        indices = self.triplets.spread(count)
+        return [self._load(self.train_frames, index, with_depth).to(self.device) for index in indices]
+
+    # ------------------------------------------------------------------ what nerfstudio and its viewer ask for
+
+    @property
+    def shown_scene(self) -> int:
+        """The training scene that the viewer shows."""
+        return int(self.triplets.usable_scenes[0])
+
+    @cached_property
+    def shown_triplet(self) -> ViewTriplet:
+        """The training triplet whose Gaussians the viewer shows: one in the middle of the shown scene."""
+        (triplet,) = self.train_triplets(1)
+        return triplet
+
+    def get_train_rays_per_batch(self) -> int:
+        """Target pixels per step: what nerfstudio paces the viewer by."""
+        return self.config.triplets_per_step * self.size[0] * self.size[1]
+
+    def get_datapath(self) -> Path:
+        """Where the dataset is."""
+        return self.config.dataparser.data
+
+    def get_training_callbacks(
+        self, training_callback_attributes: TrainingCallbackAttributes
+    ) -> list[TrainingCallback]:
+        """None."""
+        return []
+
+    def get_param_groups(self) -> dict[str, list[torch.nn.Parameter]]:
+        """Nothing here is trained."""
+        return {}

@@ -1,0 +1,201 @@
+import json
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
+
+from data_parsers.nerfstudio_scenes import NerfstudioScenesConfig
+from snd_nerfstudio.errors import InputError
+from snd_nerfstudio.profiles import resolve
+from snd_nerfstudio.scenes.frames import load_views
+from snd_nerfstudio.scenes.views import Views
+from snd_nerfstudio.snd_triplets import TripletDataManager, TripletDataManagerConfig
+
+
+def manager(data: Path, **settings):
+    config = TripletDataManagerConfig(data=data, **{"image_size": (56, 84), "eval_triplets": 4, **settings})
+    return resolve(config, "fixed").setup(device="cpu", seed=5)
+
+
+def test_a_step_is_a_function_of_seed_step_and_rank(rooms):
+    first, second = manager(rooms), manager(rooms)
+    for step in (0, 1, 2):
+        first.next_train(step)
+    (a,), (b,) = first.next_train(17), second.next_train(17)
+    assert a.describe() == b.describe() and torch.equal(a.context.images, b.context.images)
+    config = resolve(TripletDataManagerConfig(data=rooms, image_size=(56, 84)), "fixed")
+    other = config.setup(device="cpu", seed=5, local_rank=1)
+    assert any(other.next_train(s)[0].describe() != second.next_train(s)[0].describe() for s in range(3))
+
+
+def test_triplets_carry_images_and_masks_of_the_wanted_size(rooms):
+    (triplet,) = manager(rooms, image_size=(28, 42)).next_train(0)
+    assert triplet.context.images.shape == (2, 3, 28, 42) and triplet.target.masks.shape == (1, 28, 42)
+    assert len(triplet.context.masks.unique()) > 3
+
+
+def test_depth_is_read_when_it_is_asked_for_and_not_for_training(rooms):
+    data = manager(rooms)
+    for triplet in (*data.next_train(0), data.eval_triplet(1), *data.train_triplets(2)):
+        assert triplet.context.depths is None and triplet.target.depths is None
+    for triplet in (data.eval_triplet(1, with_depth=True), *data.train_triplets(2, with_depth=True)):
+        assert triplet.context.depths.shape == (2, 56, 84) and triplet.target.depths.shape == (1, 56, 84)
+        assert (triplet.target.depths > 0).float().mean() > 0.9
+    assert data.eval_triplet(1, with_depth=True).describe() == data.eval_triplet(1).describe()
+
+
+def test_held_out_triplets_are_of_the_held_out_scene(rooms):
+    data = manager(rooms)
+    assert data.num_eval_triplets == 4
+    assert {data.eval_triplet(n).scene for n in range(4)} == {"room_0002"}
+    assert {data.next_train(s)[0].scene for s in range(12)} == {"room_0000", "room_0001"}
+
+
+def test_the_viewer_is_given_one_scene_of_few_frames(rooms):
+    data = manager(rooms)
+    shown = data.train_dataset
+    assert len(shown) == 32 and {f.parts[-3] for f in shown.image_filenames} == {"room_0000"}
+    assert shown[3]["image"].shape == (56, 84, 3)
+    assert shown.cameras.height.flatten().tolist() == [56] * 32
+    assert data.shown_triplet.scene == "room_0000"
+
+
+@pytest.fixture
+def capture(rooms, tmp_path) -> Path:
+    """One room as `ns-process-data` would write it."""
+    scene = rooms / "scenes" / "room_0000"
+    shutil.copytree(scene / "images", tmp_path / "images")
+    shutil.copytree(scene / "depth", tmp_path / "depth")
+    content = json.loads((scene / "transforms_train.json").read_text())
+    for frame in content["frames"]:
+        name = frame["file_path"]
+        frame.update(file_path=f"images/{name}", depth_file_path=f"depth/{Path(name).stem}.png")
+        frame.pop("mask_path", None)
+    content["camera_model"] = "OPENCV"
+    (tmp_path / "transforms.json").write_text(json.dumps(content))
+    return tmp_path
+
+
+def test_a_single_capture_without_masks(capture):
+    data = manager(capture, dataparser=NerfstudioScenesConfig(), masks="none")
+    (triplet,) = data.next_train(0)
+    assert triplet.context.masks is None and data.num_eval_triplets == 4
+
+
+def test_any_other_dataparser_is_one_scene_whose_depth_follows_its_scaling(capture):
+    parser = NerfstudioDataParserConfig()
+    data = manager(capture, dataparser=parser, masks="none")
+    ours = manager(capture, dataparser=NerfstudioScenesConfig(), masks="none")
+    scale = data.train_dataparser_outputs.dataparser_scale
+    assert scale != 1.0 and data.num_eval_triplets > 0
+    (triplet,) = data.train_triplets(1, with_depth=True)
+    v: Views = triplet.context
+    baseline = (v.camera_to_worlds[0, :3, 3] - v.camera_to_worlds[1, :3, 3]).norm()
+    names = [f.name for f in ours.train_frames.image_files]
+    there = [names.index(name) for name in v.names]
+    metric = np.linalg.norm(np.diff(ours.train_frames.camera_to_worlds[there, :3, 3], axis=0))
+    assert float(baseline) == pytest.approx(metric * scale, rel=1e-3)
+    reference = load_views(ours.train_frames, there, (56, 84), with_masks=False, with_depth=True)
+    torch.testing.assert_close(v.depths, reference.depths * scale)
+
+
+def test_too_few_frames_to_hold_some_out_is_said_and_not_fatal(capture, capsys):
+    content = json.loads((capture / "transforms.json").read_text())
+    content["frames"] = sorted(content["frames"], key=lambda f: f["file_path"])[:20]
+    (capture / "transforms.json").write_text(json.dumps(content))
+    data = manager(capture, dataparser=NerfstudioScenesConfig(), masks="none")
+    assert data.eval_dataset is None and data.num_eval_triplets == 0
+    assert "Nothing is held out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"masks": "stored"}, "--pipeline.datamanager.masks none"),
+        ({"image_size": (7, 84)}, "image-size"),
+        ({"workers": 0}, "--pipeline.datamanager.workers must be at least 1"),
+        ({"max_context_angle": 0.0}, "--pipeline.datamanager.max-context-angle 0: give degrees"),
+        ({"max_context_angle": float("nan")}, "--pipeline.datamanager.max-context-angle nan"),
+        ({"max_context_angle": 1e-3}, "pairs look more than 0.001 degrees apart"),
+        ({"initial_max_context_gap": 9}, "gap-warmup-steps 0: give both"),
+        ({"gap_warmup_steps": 9}, "initial-max-context-gap None.*give both"),
+        ({"initial_max_context_gap": 9, "gap_warmup_steps": -1}, "gap-warmup-steps -1: give both"),
+        ({"initial_max_context_gap": 7, "gap_warmup_steps": 9}, r"gap 7: it must lie between .*min-context-gap \(8\)"),
+        ({"initial_max_context_gap": 13, "gap_warmup_steps": 9}, r"gap 13: it must .*max-context-gap \(12\)"),
+        ({"min_context_gap": 50, "max_context_gap": 70}, "has 44 usable frames"),
+        ({"data": Path("/nowhere")}, "--data /nowhere: no such file"),
+    ],
+)
+def test_what_is_wrong_is_said_before_training(capture, settings, message):
+    with pytest.raises(InputError, match=message):
+        manager(**{"data": capture, "dataparser": NerfstudioScenesConfig(), "masks": "none", **settings})
+
+
+def gap(data, triplet) -> int:
+    order = {file.name: int(place) for file, place in zip(data.train_frames.image_files, data.train_frames.frame_order)}
+    left, right = (order[name] for name in triplet.context.names)
+    return right - left
+
+
+def test_gaps_grow_while_training_and_are_the_same_after_resuming(rooms):
+    growing = {"initial_max_context_gap": 4, "gap_warmup_steps": 40, "min_context_gap": 4, "max_context_gap": 24}
+    never = {**growing, "initial_max_context_gap": None, "gap_warmup_steps": 0}
+    data, resumed, usual = manager(rooms, **growing), manager(rooms, **growing), manager(rooms, **never)
+    assert [data.max_context_gap(step) for step in (0, 1, 2, 20, 39, 40, 1000)] == [4, 4, 5, 14, 23, 24, 24]
+    assert [gap(data, data.next_train(step)[0]) for step in (0, 1)] == [4, 4]
+    assert all(4 <= gap(data, data.next_train(step)[0]) <= 4 + step // 2 for step in range(2, 10))
+    assert data.next_train(9)[0].describe() == resumed.next_train(9)[0].describe()
+    assert data.next_train(60)[0].describe() == usual.next_train(60)[0].describe()
+    # what is evaluated does not change with the step
+    assert data.eval_triplet(0).describe() == usual.eval_triplet(0).describe()
+
+
+class MatchingDataManager(TripletDataManager):
+    """As a method that matches the contexts with each other would have it."""
+
+    needs_overlap = True
+
+
+@dataclass
+class MatchingDataManagerConfig(TripletDataManagerConfig):
+    _target: type = field(default_factory=lambda: MatchingDataManager)
+
+
+def test_contexts_that_look_in_opposite_directions_are_left_out_where_they_are_matched(capture, capsys):
+    content = json.loads((capture / "transforms.json").read_text())
+    for frame in sorted(content["frames"], key=lambda frame: frame["file_path"])[20:]:
+        pose = np.array(frame["transform_matrix"])
+        pose[:3, [0, 2]] *= -1  # turned about the vertical axis, where it stands
+        frame["transform_matrix"] = pose.tolist()
+    (capture / "transforms.json").write_text(json.dumps(content))
+    settings = {"data": capture, "dataparser": NerfstudioScenesConfig(), "masks": "none", "image_size": (56, 84)}
+    matched = resolve(MatchingDataManagerConfig(**settings), "fixed").setup(device="cpu")
+    # as many pairs of a gap cross the turn as the gap is long: 8 + 9 + 10 + 11 + 12
+    assert matched.triplets.opposite_pairs == 50
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "50 context pairs that look more than 90 degrees apart are left out." in printed
+    config = TripletDataManagerConfig(**settings)
+    other = resolve(config, "fixed").setup(device="cpu")
+    assert other.triplets.opposite_pairs == 0 and other.triplets.num_pairs == matched.triplets.num_pairs + 50
+    config.max_context_angle = 90.0
+    assert resolve(config, "fixed").setup(device="cpu").triplets.num_pairs == matched.triplets.num_pairs
+
+
+@pytest.mark.parametrize("damage", ["all", "one"])
+def test_without_depth_everything_else_goes_on(capture, damage):
+    content = json.loads((capture / "transforms.json").read_text())
+    frames = sorted(content["frames"], key=lambda frame: frame["file_path"])
+    for frame in frames if damage == "all" else frames[:1]:
+        del frame["depth_file_path"]
+    (capture / "transforms.json").write_text(json.dumps(content))
+    data = manager(capture, dataparser=NerfstudioScenesConfig(), masks="none")
+    assert not data.train_frames.has_depth
+    (triplet,) = data.train_triplets(1, with_depth=True)
+    assert triplet.context.depths is None and triplet.target.depths is None
+    # the first frame is not among the held-out ones, which may still have theirs
+    held_out = data.eval_triplet(0, with_depth=True)
+    assert data.eval_frames.has_depth == (damage == "one") == (held_out.target.depths is not None)
