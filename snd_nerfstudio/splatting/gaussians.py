@@ -1,6 +1,7 @@
 """What goes into a splat and what comes out: `Gaussians`, `PinholeCamera`, `Splatted`."""
 
 from dataclasses import dataclass
+from typing import Optional
 
 import torch
 from jaxtyping import Float
@@ -9,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Gaussians:
-    """Anisotropic 3D Gaussians in world space, without colour: features travel beside them, in the same order.
+    """Anisotropic 3D Gaussians in world space; features travel beside them, in the same order.
 
     Gaussian `i` has density `opacity * exp(-0.5 (x - mean)^T Sigma^-1 (x - mean))` with
     `Sigma = R(quat) diag(scale)^2 R(quat)^T` (3D Gaussian splatting, Kerbl et al. 2023, eq. 4 and 6).
@@ -28,11 +29,16 @@ class Gaussians:
     """Standard deviations along the principal axes, world units (metres); not variances."""
     opacities: Float[Tensor, "n"]
     """Peak alpha, in [0, 1]."""
+    harmonics: Optional[Float[Tensor, "n 3 d"]] = None
+    """Colour as spherical harmonics (`harmonics.py`), where the reconstructor predicts one; splatting ignores it."""
 
     def __post_init__(self) -> None:
         fields = {"means": self.means, "quats": self.quats, "scales": self.scales, "opacities": self.opacities}
         n = self.means.shape[0] if self.means.ndim else 0
         expected = {"means": (n, 3), "quats": (n, 4), "scales": (n, 3), "opacities": (n,)}
+        if self.harmonics is not None:
+            fields["harmonics"] = self.harmonics
+            expected["harmonics"] = (n, 3, self.harmonics.shape[-1])
         if any(tuple(field.shape) != expected[name] for name, field in fields.items()):
             found = ", ".join(f"{name} {tuple(field.shape)}" for name, field in fields.items())
             raise ValueError(f"Gaussians need means (n, 3), quats (n, 4), scales (n, 3), opacities (n,); got {found}")
@@ -66,6 +72,7 @@ class Gaussians:
             quats=self.quats.to(device=device, dtype=dtype),
             scales=self.scales.to(device=device, dtype=dtype),
             opacities=self.opacities.to(device=device, dtype=dtype),
+            harmonics=None if self.harmonics is None else self.harmonics.to(device=device, dtype=dtype),
         )
 
 
@@ -133,7 +140,8 @@ def unit_quaternions(quats: Float[Tensor, "n 4"]) -> Float[Tensor, "n 4"]:
     norms = torch.linalg.vector_norm(quats, dim=1, keepdim=True)
     identity = torch.zeros_like(quats)
     identity[:, 0] = 1
-    return torch.where(norms > 0, quats / norms, identity)
+    # Not divided by zero even where the result is not taken: its gradient would be NaN.
+    return torch.where(norms > 0, quats / torch.where(norms > 0, norms, torch.ones_like(norms)), identity)
 
 
 def rotation_matrices(quats: Float[Tensor, "n 4"]) -> Float[Tensor, "n 3 3"]:

@@ -19,6 +19,8 @@ def splat_gsplat(
     gsplat 1.4.0 cuts a Gaussian off at the tiles of its 3-sigma square, as the CPU engines here do; 1.5 and later use
     a square that depends on opacity and never cuts a hit with alpha >= 1/255 off, so that a few pixels differ there.
 
+    Where gradients are enabled they are gsplat's own, to the same inputs as those of the CPU engine.
+
     Args:
         gaussians: The Gaussians, float32 on CUDA.
         camera: The camera, float32 on the same device.

@@ -9,18 +9,19 @@ pixels share and which therefore sit in the L2 cache.
 Each pixel belongs to one tile and each tile to one thread, and nothing is reduced across threads: the result's bits do
 not depend on the number of threads.
 
-All compiled functions live in this one file, because numba's on-disk cache notices changes of a function's own file
-only (TILE_SIZE is compiled in: clear __pycache__ if it ever changes). They carry `no_type_check`, because numba can
+All compiled functions of this path live in this one file, because numba's on-disk cache notices changes of a function's
+own file only: clear __pycache__ if TILE_SIZE ever changes, which is compiled in here, or if `find_hits` or
+`gather_features` do, which are compiled into `numba_gradients.py` too. They carry `no_type_check`, because numba can
 compile a function but not the run-time shape checker around it.
 """
 
 import threading
-from typing import Any, Callable, no_type_check
+from typing import Any, Callable, NamedTuple, no_type_check
 
 import numba
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from snd_nerfstudio.splatting.gaussians import Gaussians, PinholeCamera, Splatted
@@ -42,7 +43,18 @@ RADIX_BITS = 11
 """Digit width of the depth sort: 2048 counters stay in the L1 cache."""
 
 # Not every threading layer of numba may be entered by two Python threads at once (viewer and trainer).
-_engine_lock = threading.Lock()
+engine_lock = threading.Lock()
+
+
+class Tiles(NamedTuple):
+    """Gaussians by the 16 x 16 tile that they touch; tiles are numbered row by row."""
+
+    starts: np.ndarray
+    """Start of each tile's run in `gaussians`, int64, tiles + 1."""
+    gaussians: np.ndarray
+    """Indices of Gaussians, int32, run after run, front to back within each."""
+    areas: np.ndarray
+    """Number of (Gaussian, pixel) pairs that the boxes hold in each tile, int64."""
 
 
 def compiled(**options: Any) -> Callable[[Callable], Callable]:
@@ -75,36 +87,45 @@ def splat_numba(
         The splatted view.
     """
     projection = project_gaussians(gaussians, camera, near=near, far=far)
-    depths = projection.depths.contiguous().numpy()
-    boxes = projection.boxes.numpy()
-    dtype = depths.dtype
     # Allocated by numpy, which asks for huge pages: a fresh large torch tensor spends longer in page faults.
+    dtype = projection.depths.numpy().dtype
     image = np.empty((camera.height, camera.width, features.shape[1]), dtype)
     alpha = np.empty((camera.height, camera.width), dtype)
     depth = np.empty((camera.height, camera.width), dtype)
-    with _engine_lock, numba.parallel_chunksize(TILES_PER_TASK):
-        visible = np.flatnonzero(boxes[:, 2] > boxes[:, 0])
-        # The bits of positive floats sort like the floats.
-        order = _stable_order(depths[visible].view(np.uint32 if dtype == np.float32 else np.uint64))
-        front_to_back = visible[order].astype(np.int32)
-        tile_starts, tile_gaussians, tile_areas = _bin_to_tiles(front_to_back, boxes, camera.height, camera.width)
+    with engine_lock, numba.parallel_chunksize(TILES_PER_TASK):
+        tiles = sort_into_tiles(projection.depths, projection.boxes, camera.height, camera.width)
         _composite_tiles(
-            tile_starts,
-            tile_gaussians,
-            tile_areas,
+            *tiles,
             projection.means2d.contiguous().numpy(),
             projection.conics.contiguous().numpy(),
             gaussians.opacities.contiguous().numpy(),
             exponent_limits(gaussians.opacities).numpy(),
-            depths,
-            boxes,
+            projection.boxes.numpy(),
+            projection.depths.contiguous().numpy(),
             features.contiguous().numpy(),
-            np.array([MAX_ALPHA, MIN_ALPHA, MIN_TRANSMITTANCE, 0.5, 1.0], dtype),
+            compositing_constants(dtype),
             image,
             alpha,
             depth,
         )
     return Splatted(features=torch.from_numpy(image), alpha=torch.from_numpy(alpha), depth=torch.from_numpy(depth))
+
+
+def sort_into_tiles(depths: Float[Tensor, "n"], boxes: Int[Tensor, "n 4"], height: int, width: int) -> Tiles:
+    """The Gaussians of each tile, front to back, ties in order of index; depths are positive where a box is not empty.
+
+    The caller holds `engine_lock`.
+    """
+    keys, pixel_boxes = depths.contiguous().numpy(), boxes.numpy()
+    visible = np.flatnonzero(pixel_boxes[:, 2] > pixel_boxes[:, 0])
+    # The bits of positive floats sort like the floats.
+    order = _stable_order(keys[visible].view(np.uint32 if keys.dtype == np.float32 else np.uint64))
+    return Tiles(*_bin_to_tiles(visible[order].astype(np.int32), pixel_boxes, height, width))
+
+
+def compositing_constants(dtype: np.dtype) -> np.ndarray:
+    """MAX_ALPHA, MIN_ALPHA, MIN_TRANSMITTANCE, one half and one, as `find_hits` takes them."""
+    return np.array([MAX_ALPHA, MIN_ALPHA, MIN_TRANSMITTANCE, 0.5, 1.0], dtype)
 
 
 @compiled()
@@ -142,8 +163,7 @@ def _bin_to_tiles(
     """Counting sort of Gaussians into the tiles that their pixel boxes overlap, front to back within each tile.
 
     Returns:
-        Start of each tile's run (tiles + 1, row-major order of tiles), the Gaussians' indices run after run, and for
-        each tile the number of (Gaussian, pixel) pairs that its boxes hold.
+        The fields of `Tiles`.
     """
     tiles_across = (width + TILE_SIZE - 1) // TILE_SIZE
     tiles_down = (height + TILE_SIZE - 1) // TILE_SIZE
@@ -180,8 +200,8 @@ def _composite_tiles(
     conics: np.ndarray,
     opacities: np.ndarray,
     limits: np.ndarray,
-    depths: np.ndarray,
     boxes: np.ndarray,
+    depths: np.ndarray,
     features: np.ndarray,
     constants: np.ndarray,
     image: np.ndarray,
@@ -199,11 +219,11 @@ def _composite_tiles(
         hit_gaussians = np.empty(capacity, np.int32)
         hit_weights = np.empty(capacity, features.dtype)
         transmittance = np.empty(TILE_PIXELS, features.dtype)
-        hits = _find_hits(
+        hits = find_hits(
             members, means2d, conics, opacities, limits, boxes, constants, height, width, first_y, first_x,
             transmittance, hit_pixels, hit_gaussians, hit_weights,
         )  # fmt: skip
-        _gather_features(
+        gather_features(
             hit_pixels[:hits], hit_gaussians, hit_weights, transmittance, depths, features, constants,
             first_y, first_x, image, alpha, depth,
         )  # fmt: skip
@@ -211,7 +231,7 @@ def _composite_tiles(
 
 @compiled()
 @no_type_check
-def _find_hits(
+def find_hits(
     members, means2d, conics, opacities, limits, boxes, constants, height, width, first_y, first_x,
     transmittance, hit_pixels, hit_gaussians, hit_weights,
 ):  # fmt: skip
@@ -261,7 +281,7 @@ def _find_hits(
 
 @compiled(fastmath={"contract"})
 @no_type_check
-def _gather_features(
+def gather_features(
     hit_pixels, hit_gaussians, hit_weights, transmittance, depths, features, constants,
     first_y, first_x, image, alpha, depth,
 ):  # fmt: skip

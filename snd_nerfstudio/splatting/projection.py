@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from snd_nerfstudio.splatting.gaussians import Gaussians, PinholeCamera, rotation_matrices
@@ -59,6 +59,9 @@ def project_gaussians(
 
     Everything is elementwise (no BLAS), so that the result's bits do not depend on the number of threads.
 
+    Means, conics and depths are differentiable by autograd. Those of a culled Gaussian may have overflowed, and then
+    give 0 * inf = NaN where its gradient should be 0: who calls `backward` has to mask that.
+
     Args:
         gaussians: The Gaussians, float32 or float64.
         camera: The camera, of the same dtype and device.
@@ -80,23 +83,32 @@ def project_gaussians(
     xx, xy, yy = _image_covariances(gaussians, camera, world_to_camera, slopes, z)
     # In float32 the determinant of a long thin covariance is mostly rounding; products of float32 are exact in float64.
     determinant = (xx.double() * yy.double() - xy.double() * xy.double()).to(xx.dtype)
-    half_trace = 0.5 * (xx + yy)
-    largest = half_trace + (half_trace * half_trace - determinant).clamp(min=0.01).sqrt()
-    radii = (3.0 * largest.sqrt()).ceil()
-
-    size = means2d.new_tensor([camera.width, camera.height])
-    on_image = ((means2d + radii[:, None] > 0) & (means2d - radii[:, None] < size)).all(dim=1)
-    visible = in_range & on_image & (determinant > 0) & torch.isfinite(determinant)
+    visible, radii, boxes = _footprints(means2d, xx, yy, determinant, in_range, gaussians.opacities, camera)
     conics = (
         torch.stack([yy, -xy, xx], dim=1) / torch.where(visible, determinant, torch.ones_like(determinant))[:, None]
     )
-    return Projection(
-        means2d=means2d,
-        conics=conics,
-        depths=depths,
-        radii=torch.where(visible, radii, torch.zeros_like(radii)),
-        boxes=_pixel_boxes(means2d, torch.stack([xx, yy], dim=1), radii, gaussians.opacities, visible, size),
-    )
+    return Projection(means2d=means2d, conics=conics, depths=depths, radii=radii, boxes=boxes)
+
+
+@torch.no_grad()
+def _footprints(
+    means2d: Float[Tensor, "n 2"],
+    xx: Float[Tensor, "n"],
+    yy: Float[Tensor, "n"],
+    determinant: Float[Tensor, "n"],
+    in_range: Bool[Tensor, "n"],
+    opacities: Float[Tensor, "n"],
+    camera: PinholeCamera,
+) -> tuple[Bool[Tensor, "n"], Float[Tensor, "n"], Int[Tensor, "n 4"]]:
+    """Visibility, radii and boxes: decisions, through which no gradient flows."""
+    half_trace = 0.5 * (xx + yy)
+    largest = half_trace + (half_trace * half_trace - determinant).clamp(min=0.01).sqrt()
+    radii = (3.0 * largest.sqrt()).ceil()
+    size = means2d.new_tensor([camera.width, camera.height])
+    on_image = ((means2d + radii[:, None] > 0) & (means2d - radii[:, None] < size)).all(dim=1)
+    visible = in_range & on_image & (determinant > 0) & torch.isfinite(determinant)
+    boxes = _pixel_boxes(means2d, torch.stack([xx, yy], dim=1), radii, opacities, visible, size)
+    return visible, torch.where(visible, radii, torch.zeros_like(radii)), boxes
 
 
 def _apply_rows(matrix: Float[Tensor, "rows 3"], vectors: Float[Tensor, "n 3"]) -> Float[Tensor, "n rows"]:

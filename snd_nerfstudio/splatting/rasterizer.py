@@ -34,7 +34,12 @@ def rasterize(
         features = sum_i w_i f_i,   alpha = sum_i w_i,   depth = sum_i w_i z_i / max(alpha, 1e-10)
 
     (3D Gaussian splatting, Kerbl et al. 2023, eq. 3; conventions of gsplat 1.4, see `projection.py`.) The result is
-    linear in the features. No gradient flows: this is the teacher's path.
+    linear in the features.
+
+    Gradients flow from all three results to means, quats, scales, opacities and features, as far as these require any.
+    Which Gaussians hit a pixel, and in which order, is taken as given: nothing flows through the cap of alpha, nor to a
+    Gaussian that is culled or nowhere reaches 1/255. The camera is a constant. Where no gradient is required, or under
+    `torch.no_grad()`, nothing is kept for a backward pass; the values are the same.
 
     Args:
         gaussians: n Gaussians, float32 or float64.
@@ -56,10 +61,14 @@ def rasterize(
     Raises:
         ValueError: Shapes, dtypes or devices disagree; Gaussians or camera are not finite; near and far are out of
             order; the intrinsics have skew; the engine or the footprint is unknown or does not fit the device.
-        NotImplementedError: An input requires a gradient while gradients are enabled.
+        NotImplementedError: The camera requires a gradient while gradients are enabled.
     """
     _check_arguments(gaussians, features, engine, footprint, near, far)
-    _check_no_gradient(gaussians, camera, features)
+    _check_constant(camera)
+    with_gradient = torch.is_grad_enabled() and any(
+        tensor.requires_grad
+        for tensor in (gaussians.means, gaussians.quats, gaussians.scales, gaussians.opacities, features)
+    )
     camera = camera.to(device=gaussians.device, dtype=gaussians.dtype)
     _check_values(gaussians, camera)
     if engine == "auto":
@@ -68,17 +77,18 @@ def rasterize(
         gaussians = replace(gaussians, scales=gaussians.scales**2)
 
     if len(gaussians) == 0:
-        empty = features.new_zeros(camera.height, camera.width)
-        return Splatted(features=features.new_zeros(*empty.shape, features.shape[1]), alpha=empty, depth=empty.clone())
+        return _empty_view(gaussians, camera, features)
 
     # Engines are imported on first use: importing this package must stay light, and neither engine is everywhere.
     if engine == "gsplat":
         from snd_nerfstudio.splatting.gsplat_engine import splat_gsplat as splat
+    elif engine == "numba" and with_gradient:
+        from snd_nerfstudio.splatting.numba_gradients import splat_numba_with_gradients as splat
     elif engine == "numba":
         from snd_nerfstudio.splatting.numba_engine import splat_numba as splat
     else:
         from snd_nerfstudio.splatting.reference import splat_reference as splat
-    with torch.no_grad():
+    with torch.set_grad_enabled(with_gradient):
         return splat(gaussians, camera, features, near, far)
 
 
@@ -90,6 +100,18 @@ def available_engines() -> tuple[str, ...]:
     if importlib.util.find_spec("numba") is not None:
         engines.append("numba")
     return (*engines, "reference")
+
+
+def _empty_view(gaussians: Gaussians, camera: PinholeCamera, features: Tensor) -> Splatted:
+    """The view of no Gaussians, attached to those inputs that require a gradient (an empty one)."""
+    inputs = (gaussians.means, gaussians.quats, gaussians.scales, gaussians.opacities, features)
+    nothing = torch.cat([tensor.reshape(-1) for tensor in inputs]).sum()
+    size = camera.height, camera.width
+    return Splatted(
+        features=features.new_zeros(*size, features.shape[1]) + nothing,
+        alpha=features.new_zeros(size) + nothing,
+        depth=features.new_zeros(size) + nothing,
+    )
 
 
 def _check_arguments(
@@ -119,23 +141,15 @@ def _check_arguments(
         raise ValueError(f"engine gsplat needs a CUDA tensor; use engine='numba' for tensors on {gaussians.device}")
 
 
-def _check_no_gradient(gaussians: Gaussians, camera: PinholeCamera, features: Tensor) -> None:
+def _check_constant(camera: PinholeCamera) -> None:
     """Raise NotImplementedError rather than cut a gradient off in silence; under `torch.no_grad()` none is expected."""
     if not torch.is_grad_enabled():
         return
-    inputs = {
-        "means": gaussians.means,
-        "quats": gaussians.quats,
-        "scales": gaussians.scales,
-        "opacities": gaussians.opacities,
-        "camera_to_world": camera.camera_to_world,
-        "intrinsics": camera.intrinsics,
-        "features": features,
-    }
+    inputs = {"camera_to_world": camera.camera_to_world, "intrinsics": camera.intrinsics}
     needing = [name for name, tensor in inputs.items() if tensor.requires_grad]
     if needing:
         raise NotImplementedError(
-            f"rasterize has no gradient, but {', '.join(needing)} requires one; detach, or call under torch.no_grad()"
+            f"rasterize has no gradient to the camera, but its {' and '.join(needing)} requires one; detach it"
         )
 
 

@@ -13,7 +13,7 @@ def splat_reference(
     """Composite all Gaussians front to back over the whole image, one Gaussian at a time.
 
     It shares no code with the fast engines: the projection is spelled out again as matrices, one Gaussian at a time,
-    and the numbers of gsplat 1.4 are written where they are used.
+    and the numbers of gsplat 1.4 are written where they are used. Its gradients are left to autograd.
 
     Args:
         gaussians: The Gaussians, any floating dtype, any device.
@@ -28,7 +28,7 @@ def splat_reference(
     height, width = camera.height, camera.width
     means = gaussians.means.cpu().double()
     covariances = gaussians.to("cpu", torch.float64).covariances()
-    opacities = gaussians.opacities.cpu().double().tolist()
+    opacities = gaussians.opacities.cpu().double()
     rows = features.cpu().double()
     intrinsics = camera.intrinsics.cpu().double()
     world_to_camera = torch.linalg.inv(camera.camera_to_world.cpu().double())
@@ -39,14 +39,16 @@ def splat_reference(
     )
     transmittance = torch.ones(height, width, dtype=torch.float64)
     finished = torch.zeros(height, width, dtype=torch.bool)
-    feature_sum = torch.zeros(height, width, features.shape[1], dtype=torch.float64)
-    alpha_sum = torch.zeros(height, width, dtype=torch.float64)
-    depth_sum = torch.zeros(height, width, dtype=torch.float64)
+    # A sum over nothing, that is 0: it ties the view to its inputs, for autograd, where no Gaussian is seen.
+    nothing = torch.cat([tensor[:0].reshape(-1) for tensor in (means, covariances, opacities, rows)]).sum()
+    feature_sum = torch.zeros(height, width, features.shape[1], dtype=torch.float64) + nothing
+    alpha_sum = torch.zeros(height, width, dtype=torch.float64) + nothing
+    depth_sum = torch.zeros(height, width, dtype=torch.float64) + nothing
 
     # The order is that of the depths as the input's dtype holds them: gsplat sorts those bits, ties by index.
     sorting_depths = points[:, 2].to(gaussians.dtype)
     for index in torch.argsort(sorting_depths, stable=True).tolist():
-        depth = float(points[index, 2])
+        depth = points[index, 2]
         if depth < near or depth > far:
             continue
         centre, covariance = _project(points[index], covariances[index], world_to_camera[:3, :3], intrinsics, camera)
@@ -74,21 +76,22 @@ def _project(
     camera: PinholeCamera,
 ) -> tuple[Float[Tensor, "2"], Float[Tensor, "2 2"]]:
     """Centre (pixels) and blurred 2D covariance (pixels squared) of one Gaussian at camera-space `point`."""
-    x, y, z = point.tolist()
+    x, y, z = point
     fx, fy, cx, cy = (float(intrinsics[i]) for i in [(0, 0), (1, 1), (0, 2), (1, 2)])
     margin_x, margin_y = 0.3 * 0.5 * camera.width / fx, 0.3 * 0.5 * camera.height / fy
-    slope_x = min(max(x / z, -(cx / fx + margin_x)), (camera.width - cx) / fx + margin_x)
-    slope_y = min(max(y / z, -(cy / fy + margin_y)), (camera.height - cy) / fy + margin_y)
-    jacobian = torch.tensor([[fx / z, 0.0, -fx * slope_x / z], [0.0, fy / z, -fy * slope_y / z]], dtype=torch.float64)
+    slope_x = (x / z).clamp(-(cx / fx + margin_x), (camera.width - cx) / fx + margin_x)
+    slope_y = (y / z).clamp(-(cy / fy + margin_y), (camera.height - cy) / fy + margin_y)
+    zero = torch.zeros_like(z)
+    jacobian = torch.stack([fx / z, zero, -fx * slope_x / z, zero, fy / z, -fy * slope_y / z]).view(2, 3)
     image_covariance = jacobian @ rotation @ covariance @ rotation.T @ jacobian.T
-    centre = torch.tensor([fx * x / z + cx, fy * y / z + cy], dtype=torch.float64)
+    centre = torch.stack([fx * x / z + cx, fy * y / z + cy])
     return centre, image_covariance + 0.3 * torch.eye(2, dtype=torch.float64)
 
 
 def _alpha(
     centre: Float[Tensor, "2"],
     covariance: Float[Tensor, "2 2"],
-    opacity: float,
+    opacity: Float[Tensor, ""],
     x: Float[Tensor, "height width"],
     y: Float[Tensor, "height width"],
 ) -> Float[Tensor, "height width"]:

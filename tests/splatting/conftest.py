@@ -1,10 +1,15 @@
 """Scenes for the splatting tests: random ones, and single Gaussians whose pixel values can be worked out by hand."""
 
+from dataclasses import replace
+
 import jaxtyping
 import pytest
 import torch
 
-from snd_nerfstudio.splatting import Gaussians, PinholeCamera
+from snd_nerfstudio.splatting import Gaussians, PinholeCamera, rasterize
+
+INPUTS = ("means", "quats", "scales", "opacities", "features")
+OUTPUTS = ("features", "alpha", "depth")
 
 
 @pytest.fixture
@@ -65,6 +70,28 @@ def on_axis():
         return Gaussians(means, quats, deviation[:, None].expand(-1, 3).contiguous(), opacity.contiguous())
 
     return build
+
+
+@pytest.fixture
+def gradients_of():
+    """Factory: gradients of a random linear function of some outputs, by the name of the input, for any way to splat.
+
+    `splat` is called with Gaussians, camera and features, of which those in `wanted` require a gradient; the others'
+    gradients are missing from the answer.
+    """
+
+    def compute(gaussians, camera, features, splat=rasterize, outputs=OUTPUTS, wanted=INPUTS, seed=0):
+        values = {name: getattr(gaussians, name) for name in INPUTS[:4]} | {"features": features}
+        leaves = {name: value.detach().clone().requires_grad_(name in wanted) for name, value in values.items()}
+        fields = {name: leaves[name] for name in INPUTS[:4]}
+        out = splat(replace(gaussians, **fields), camera, leaves["features"])
+        random = torch.Generator().manual_seed(seed)
+        upstream = {name: torch.randn(getattr(out, name).shape, generator=random) for name in OUTPUTS}
+        loss = sum((getattr(out, name) * upstream[name].to(features)).sum() for name in outputs)
+        loss.backward()
+        return {name: leaves[name].grad for name in wanted}
+
+    return compute
 
 
 @pytest.fixture

@@ -190,15 +190,6 @@ def test_half_precision_is_an_error(random_scene):
         rasterize(gaussians.to(dtype=torch.float16), camera, features.half())
 
 
-def test_an_input_that_requires_a_gradient_is_an_error_unless_gradients_are_off(random_scene):
-    gaussians, camera, features = random_scene(n=50)
-    features.requires_grad_(True)
-    with pytest.raises(NotImplementedError, match="features requires one"):
-        rasterize(gaussians, camera, features)
-    with torch.no_grad():
-        assert not rasterize(gaussians, camera, features).features.requires_grad
-
-
 @pytest.mark.parametrize("field", ["means", "quats", "scales", "opacities"])
 def test_gaussians_that_are_not_finite_are_counted_in_the_error(random_scene, field):
     gaussians, camera, features = random_scene(n=50)
