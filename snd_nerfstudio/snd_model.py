@@ -18,13 +18,15 @@ from snd_nerfstudio.distillation.ema import EMATeacher
 from snd_nerfstudio.distillation.head import DINOHead, HeadSettings
 from snd_nerfstudio.distillation.losses import cosine_similarity, prototype_loss
 from snd_nerfstudio.errors import InputError
+from snd_nerfstudio.reconstruction.quality import splat_colours
 from snd_nerfstudio.scenes.views import ViewTriplet
-from snd_nerfstudio.splatting import Gaussians, rasterize
+from snd_nerfstudio.splatting import Gaussians
 from snd_nerfstudio.supervision.coverage import black_tokens
 from snd_nerfstudio.supervision.dense import DenseSupervision, dense_supervision
 from snd_nerfstudio.supervision.settings import SupervisionSettings
+from snd_nerfstudio.training import zero_loss
 from snd_nerfstudio.viewer.display import Display
-from snd_nerfstudio.viewer.outputs import shown_scene, to_pinhole
+from snd_nerfstudio.viewer.outputs import to_pinhole
 
 
 @dataclass
@@ -189,20 +191,12 @@ class SnDModel(Model):
             return TargetTokens(supervision.tokens, learned, nowhere, supervision)
         if self.config.supervision.uncovered == "keep":
             return TargetTokens(supervision.tokens, everywhere, nowhere, supervision)
-        black = black_tokens(self.splat_colours(triplet, gaussians)[0], h, w)
+        black = black_tokens(splat_colours(gaussians, context, camera).features, h, w)
         return TargetTokens(supervision.tokens.masked_fill(black[..., None], 0.0), everywhere, black, supervision)
 
     def _learned_target_tokens(self, triplet: ViewTriplet, gaussians: Gaussians) -> Float[Tensor, "n c"]:
         target = self.supervise(triplet, gaussians)
         return target.tokens[target.learned]
-
-    @torch.no_grad()
-    def splat_colours(
-        self, triplet: ViewTriplet, gaussians: Gaussians
-    ) -> tuple[Float[Tensor, "H W 3"], Float[Tensor, "H W"]]:
-        """The context views' colours splatted into the target view on black, and the coverage."""
-        splat = rasterize(gaussians, triplet.target.camera(0), shown_scene(triplet, gaussians).colours)
-        return splat.features, splat.alpha
 
     def teacher_tokens(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b h w c"]:
         """Tokens of the EMA teacher, without gradient; without dropout but for ``teacher_dropout`` in training mode."""
@@ -218,7 +212,7 @@ class SnDModel(Model):
         """Loss and metrics of some triplets; goes through DDP's wrapper, so it returns all the loss needs.
 
         Args:
-            triplets: all of one image size.
+            triplets: all of one image size; none gives a loss of 0.
             gaussians: of each triplet's context views.
             seed: of the dropout in this step.
 
@@ -226,6 +220,8 @@ class SnDModel(Model):
             ``loss`` (scalar with gradient), and detached scalars: ``cosine``, ``coverage``, ``learned_tokens`` (share),
             ``isolated_pixels`` (share); with the DINO loss also ``kl`` and ``teacher_entropy`` (nats per token).
         """
+        if not triplets:
+            return {"loss": zero_loss(self.student)}
         images = torch.cat([triplet.target.images for triplet in triplets])
         devices = [images.device] if images.is_cuda else []
         with torch.random.fork_rng(devices=devices):
@@ -239,8 +235,7 @@ class SnDModel(Model):
         if len(wanted):
             outputs = self._compare(predicted, wanted)
         else:  # nothing was covered; every trained parameter still needs a gradient under DDP
-            zeros = [0.0 * p.sum() for p in self.student.parameters() if p.requires_grad]
-            outputs = {"loss": torch.stack(zeros).sum()}
+            outputs = {"loss": zero_loss(self.student)}
         supervisions = [target.supervision for target in targets]
         outputs["coverage"] = torch.stack([s.coverage.mean() for s in supervisions]).mean()
         outputs["isolated_pixels"] = torch.stack([s.lifted.isolated for s in supervisions]).mean()

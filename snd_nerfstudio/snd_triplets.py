@@ -16,9 +16,17 @@ from data_parsers.multi_scene import held_out_tail
 from data_parsers.nerfstudio_scenes import NerfstudioScenesConfig
 from data_parsers.scannetpp import ScanNetppScenesConfig
 from snd_nerfstudio.errors import InputError
-from snd_nerfstudio.scenes.frames import Frames, check_frames, load_views
+from snd_nerfstudio.reconstruction.mvsplat.checks import MAX_ANGLE, MIN_BASELINE
+from snd_nerfstudio.scenes.frames import Frames, check_frames, depth_bounds, load_views
 from snd_nerfstudio.scenes.prefetch import Prefetcher
-from snd_nerfstudio.scenes.triplets import NoTripletError, TargetView, TripletIndex, TripletSampler, growing_gap
+from snd_nerfstudio.scenes.triplets import (
+    NO_BASELINE,
+    NoTripletError,
+    TargetView,
+    TripletIndex,
+    TripletSampler,
+    growing_gap,
+)
 from snd_nerfstudio.scenes.views import Views, ViewTriplet
 from snd_nerfstudio.snd_frames import by_name, scene_images, subset, to_frames
 
@@ -55,6 +63,13 @@ class TripletDataManagerConfig(DataManagerConfig):
     """Train on the held-out scenes too, as the released code does. None: by the profile."""
     masks: Literal["stored", "none"] = "stored"
     """Instance masks: the dataset's own, or none (plain bilinear lifting, no blending)."""
+    near: Optional[float] = None
+    """Smallest depth that MVSplat looks for, world units. None: of the dataset, if `bounds` is scene, or else what the
+    weights were trained with (released and random ones: 1)."""
+    far: Optional[float] = None
+    """Largest depth that MVSplat looks for, world units. None: as for near (released and random ones: 100)."""
+    bounds: Literal["checkpoint", "scene"] = "checkpoint"
+    """Where near and far come from if they are not given: `scene` reads them off the dataset's depth maps."""
     triplets_per_step: int = 1
     """Triplets in one training step (per process)."""
     eval_triplets: int = 16
@@ -136,6 +151,29 @@ class TripletDataManager(DataManager):
         return False
 
     @property
+    def targets_per_pair(self) -> int:
+        """Target views of each pair of contexts in a training step."""
+        return 1
+
+    @cached_property
+    def depth_range(self) -> tuple[Optional[float], Optional[float]]:
+        """Near and far of the plane sweep in world units, each None where neither flags nor bounds say.
+
+        Raises:
+            InputError: they are out of order, or the scene's bounds are asked for and there is no depth.
+        """
+        near, far = self.config.near, self.config.far
+        if self.config.bounds == "scene" and (near is None or far is None):
+            lowest, highest = depth_bounds(self.train_frames)
+            near, far = lowest if near is None else near, highest if far is None else far
+            CONSOLE.log(f"Depths in this dataset: near {near:.2f}, far {far:.2f}.")
+        if (near is not None and near <= 0) or (near is not None and far is not None and far <= near):
+            raise InputError(
+                f"--pipeline.datamanager.near {near} and --pipeline.datamanager.far {far}: 0 < near < far is needed."
+            )
+        return near, far
+
+    @property
     def with_masks(self) -> bool:
         """Whether instance masks are read."""
         return self.config.masks == "stored"
@@ -146,6 +184,11 @@ class TripletDataManager(DataManager):
         if self.config.max_context_angle is None and self.needs_overlap:
             return MATCHING_ANGLE
         return self.config.max_context_angle
+
+    @property
+    def min_baseline(self) -> float:
+        """Shortest distance between the contexts' cameras, world units."""
+        return MIN_BASELINE * min(self.config.near or 1, 1) if self.needs_overlap else NO_BASELINE
 
     def max_context_gap(self, step: int) -> int:
         """The largest gap between contexts that a training step may draw."""
@@ -161,10 +204,11 @@ class TripletDataManager(DataManager):
         for name in ("triplets_per_step", "workers", "prefetch", "eval_triplets"):
             if getattr(self.config, name) < 1:
                 raise InputError(f"--pipeline.datamanager.{name.replace('_', '-')} must be at least 1.")
-        angle = self.config.max_context_angle
-        if angle is not None and not 0 < angle <= 180:
+        angle, widest = self.config.max_context_angle, MAX_ANGLE if self.needs_overlap else 180
+        if angle is not None and not 0 < angle <= widest:
             raise InputError(
-                f"--pipeline.datamanager.max-context-angle {angle:g}: give degrees above 0 and up to 180 (no limit)."
+                f"--pipeline.datamanager.max-context-angle {angle:g}: give degrees above 0 and up to {widest:g}"
+                f"{', beyond which MVSplat takes no pair.' if self.needs_overlap else ' (no limit).'}"
             )
 
     def _check_gap_growth(self) -> None:
@@ -213,7 +257,8 @@ class TripletDataManager(DataManager):
             config.min_context_gap,  # type: ignore
             config.max_context_gap,  # type: ignore
             config.target_view,  # type: ignore
-            self.max_context_angle,
+            max_angle=self.max_context_angle,
+            min_baseline=self.min_baseline,
         )
         return frames, sampler
 
@@ -251,14 +296,14 @@ class TripletDataManager(DataManager):
 
         return ViewTriplet(
             context=views(list(index.context), all_depth or self.needs_depth),
-            target=views([index.target], all_depth),
+            target=views([index.target, *index.more_targets], all_depth),
             scene=frames.scene_names[int(frames.scene_index[index.target])],
         )
 
     def _load_step(self, step: int) -> list[ViewTriplet]:
         items, gap = range(self.config.triplets_per_step), self.max_context_gap(step)
-        draws = [self.triplets.draw(self.seed, step, self.rank, item, gap) for item in items]
-        return [self._load(self.train_frames, draw) for draw in draws]
+        draw, targets = self.triplets.draw, self.targets_per_pair
+        return [self._load(self.train_frames, draw(self.seed, step, self.rank, item, gap, targets)) for item in items]
 
     def next_train(self, step: int) -> list[ViewTriplet]:  # type: ignore[override]
         """The triplets of a training step, on the device: a function of (seed, step, rank) alone."""

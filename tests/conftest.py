@@ -9,6 +9,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+SMALL_MVSPLAT = {
+    "candidates": 8,
+    "stem_channels": 8,
+    "middle_channels": 12,
+    "feature_channels": 16,
+    "transformer_blocks": 2,
+    "cost_channels": 32,
+    "depth_channels": 32,
+    "harmonics": 4,
+}
+"""Sizes of an MVSplat whose training steps take a tenth of a second."""
 SHARED = Path(__file__).parents[2] / "shared"
 
 
@@ -52,14 +63,48 @@ def tiny_config(rooms: Path, tmp_path: Path) -> Any:
     from nerfstudio.configs.method_configs import all_methods
 
     config = copy.deepcopy(all_methods["snd-tiny"])
+    config.pipeline.datamanager.image_size = (56, 84)
+    config.pipeline.model.head.prototypes = 256
+    return on_small_rooms(config, rooms, tmp_path)
+
+
+@pytest.fixture
+def tiny_mvsplat_config(rooms: Path, tmp_path: Path) -> Any:
+    """The real `mvsplat-tiny` on the small rooms, smaller still: a step takes a tenth of a second."""
+    from nerfstudio.configs.method_configs import all_methods
+
+    from snd_nerfstudio.reconstruction.mvsplat.settings import NetworkSizes
+
+    config = copy.deepcopy(all_methods["mvsplat-tiny"])
+    config.pipeline.datamanager.image_size = (32, 48)
+    config.pipeline.datamanager.targets_per_pair = 2
+    config.pipeline.model.sizes = NetworkSizes(**SMALL_MVSPLAT)
+    config.pipeline.model.lpips_weight = 0.0
+    return on_small_rooms(config, rooms, tmp_path)
+
+
+def on_small_rooms(config: Any, rooms: Path, folder: Path) -> Any:
+    """What all methods' small test runs have in common."""
     config.data = rooms
     config.pipeline.datamanager.data = rooms
-    config.pipeline.datamanager.image_size = (56, 84)
     config.pipeline.datamanager.eval_triplets = 3
-    config.pipeline.model.head.prototypes = 256
-    config.output_dir = tmp_path / "outputs"
+    config.output_dir = folder / "outputs"
     config.timestamp = "run"
     config.vis = "tensorboard"
     config.max_num_iterations = 6
     config.machine.device_type = "cpu"
     return config
+
+
+@pytest.fixture(scope="session")
+def mvsplat_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small untrained MVSplat for the rooms' depths (0.7 to 8), exported in the released layout."""
+    from snd_nerfstudio.reconstruction.mvsplat import MVSplat, MVSplatSettings
+    from snd_nerfstudio.reconstruction.mvsplat.checkpoints import write_official
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = MVSplat(MVSplatSettings(**SMALL_MVSPLAT, near=0.7, far=8.0))
+    path = tmp_path_factory.mktemp("mvsplat") / "mvsplat.ckpt"
+    write_official(network, network.settings, path, {"global_step": 0})
+    return path

@@ -47,9 +47,9 @@ def test_all_methods_and_dataparsers_are_registered():
     program = """
 from nerfstudio.configs.method_configs import all_methods
 from nerfstudio.configs.dataparser_configs import all_dataparsers
-print(sorted(m for m in all_methods if m.startswith("snd")))
+print(sorted(m for m in all_methods if m.startswith(("snd", "mvsplat"))))
 print(sorted(d for d in all_dataparsers if d.endswith("-scenes")))
 """
     methods, dataparsers = run(program).strip().splitlines()[-2:]
-    assert methods == "['snd', 'snd-base', 'snd-correspondence', 'snd-tiny']"
+    assert methods == "['mvsplat', 'mvsplat-tiny', 'snd', 'snd-base', 'snd-correspondence', 'snd-tiny']"
     assert dataparsers == "['nerfstudio-scenes', 'scannetpp-scenes']"

@@ -2,6 +2,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from snd_nerfstudio.errors import InputError
 from snd_nerfstudio.profiles import resolve
@@ -10,7 +11,8 @@ from snd_nerfstudio.splatting import rasterize
 
 
 def manager(data: Path, **settings):
-    config = SnDDataManagerConfig(data=data, **{"image_size": (56, 84), "eval_triplets": 4, **settings})
+    settings = {"image_size": (56, 84), "eval_triplets": 4, "reconstructor": "depth", **settings}
+    config = SnDDataManagerConfig(data=data, **settings)
     return resolve(config, "fixed").setup(device="cpu", seed=5)
 
 
@@ -49,3 +51,112 @@ def test_depth_that_is_missing_names_the_way_out(rooms, tmp_path, damage, messag
     damage(scene / "depth")
     with pytest.raises(InputError, match=rf"{message}.*`depth` reconstructor needs"):
         manager(tmp_path, all_scenes=True)
+
+
+def with_mvsplat(data: Path, checkpoint: Path, **settings):
+    return manager(data, reconstructor="mvsplat", reconstructor_checkpoint=checkpoint, **settings)
+
+
+def test_mvsplat_reconstructs_without_depth_and_without_gradient(rooms, mvsplat_file, capsys):
+    data = with_mvsplat(rooms, mvsplat_file)
+    (triplet,) = data.next_train(0)
+    assert triplet.context.depths is None and not data.needs_depth
+    gaussians = data.reconstruct(triplet.context)
+    assert len(gaussians) == 2 * 56 * 84 and gaussians.harmonics is not None
+    tensors = (gaussians.means, gaussians.scales, gaussians.opacities, gaussians.harmonics)
+    assert all(torch.isfinite(t).all() and not t.requires_grad for t in tensors)
+    depths = torch.einsum(
+        "vni,vi->vn",
+        gaussians.means.view(2, -1, 3) - triplet.context.camera_to_worlds[:, None, :3, 3],
+        triplet.context.camera_to_worlds[:, :3, 2],
+    )
+    assert 0.7 - 1e-3 < depths.min() and depths.max() < 8.0 + 1e-3  # near and far of the checkpoint
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "depths from 0.7 to 8, exact geometry" in printed
+
+
+def test_its_weights_are_frozen_and_no_part_of_our_checkpoints(rooms, mvsplat_file):
+    data = with_mvsplat(rooms, mvsplat_file)
+    network = data.reconstructor.network
+    assert not network.training and not any(p.requires_grad for p in network.parameters())
+    assert not any("network" in name for name in data.state_dict()) and list(data.parameters()) == []
+    assert data.reconstructor is data.reconstructor  # loaded once
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({}, (0.7, 8.0)),
+        ({"near": 0.5}, (0.5, 8.0)),
+        ({"far": 20.0}, (0.7, 20.0)),
+        ({"near": 0.5, "far": 20.0}, (0.5, 20.0)),
+        ({"near": 0.5, "far": 20.0, "bounds": "scene"}, (0.5, 20.0)),
+    ],
+)
+def test_near_and_far_are_those_of_the_flags_or_of_the_checkpoint(rooms, mvsplat_file, flags, expected):
+    reconstructor = with_mvsplat(rooms, mvsplat_file, **flags).reconstructor
+    assert (reconstructor.near, reconstructor.far) == expected
+
+
+def test_near_and_far_may_be_read_off_the_depth_maps(rooms, mvsplat_file):
+    from snd_nerfstudio.scenes.frames import depth_bounds
+
+    data = with_mvsplat(rooms, mvsplat_file, bounds="scene", far=30.0)
+    near, _ = depth_bounds(data.train_frames)
+    assert (data.reconstructor.near, data.reconstructor.far) == (near, 30.0) and near != 0.7
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"near": 3.0, "far": 3.0}, "near 3.0 and --pipeline.datamanager.far 3.0: 0 < near < far"),
+        ({"near": 0.0}, "near 0.0 and --pipeline.datamanager.far None: 0 < near < far"),
+        ({"near": 9.0}, "near 9 and --pipeline.datamanager.far 8: 0 < near < far"),
+    ],
+)
+def test_near_and_far_out_of_order_are_refused(rooms, mvsplat_file, flags, message):
+    with pytest.raises(InputError, match=message):
+        with_mvsplat(rooms, mvsplat_file, **flags).reconstructor
+
+
+def test_without_a_checkpoint_the_message_says_where_there_is_one_and_what_else_there_is(rooms):
+    with pytest.raises(InputError) as caught:
+        manager(rooms, reconstructor="mvsplat")
+    for part in (
+        "--pipeline.datamanager.reconstructor-checkpoint",
+        "re10k.ckpt",
+        "https://github.com/donydchen/mvsplat",
+        "ns-train mvsplat",
+        "--pipeline.datamanager.reconstructor depth",
+    ):
+        assert part in str(caught.value)
+    assert SnDDataManagerConfig().reconstructor == "mvsplat"
+
+
+def test_a_checkpoint_that_is_of_no_use_is_an_error(rooms, mvsplat_file, tmp_path):
+    with pytest.raises(InputError, match="reconstructor-checkpoint is for MVSplat, and the reconstructor is depth"):
+        manager(rooms, reconstructor_checkpoint=mvsplat_file)
+    with pytest.raises(InputError, match=r"no step-\*\.ckpt"):
+        with_mvsplat(rooms, tmp_path)
+    with pytest.raises(InputError, match="nowhere.ckpt does not exist"):
+        with_mvsplat(rooms, tmp_path / "nowhere.ckpt").reconstructor
+
+
+def test_only_what_matches_the_contexts_leaves_out_those_that_look_apart(rooms, mvsplat_file):
+    # 8 to 12 frames of a room's path turn by up to some ten degrees
+    by_depth, by_matching = manager(rooms), with_mvsplat(rooms, mvsplat_file)
+    assert by_depth.max_context_angle is None and by_matching.max_context_angle == 90.0
+    assert with_mvsplat(rooms, mvsplat_file, max_context_angle=120.0).max_context_angle == 120.0
+    assert manager(rooms, max_context_angle=20.0).max_context_angle == 20.0
+
+
+def test_near_and_far_are_refused_where_nothing_uses_them(rooms):
+    for flags in ({"near": 0.5}, {"far": 9.0}, {"bounds": "scene"}):
+        with pytest.raises(InputError, match="near, far and bounds are for MVSplat"):
+            manager(rooms, **flags)
+
+
+def test_a_wider_angle_than_mvsplat_takes_is_refused(rooms, mvsplat_file):
+    with pytest.raises(InputError, match="max-context-angle 150.*up to 120, beyond which MVSplat takes no pair"):
+        with_mvsplat(rooms, mvsplat_file, max_context_angle=150.0)
+    assert manager(rooms, max_context_angle=150.0).max_context_angle == 150.0

@@ -1,4 +1,5 @@
 import copy
+import re
 import socket
 from dataclasses import replace
 from pathlib import Path
@@ -8,14 +9,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from snd_nerfstudio import snd_triplets
+from snd_nerfstudio.backbones.vit import fingerprint
 from snd_nerfstudio.errors import InputError
-from snd_nerfstudio.snd_pipeline import _psnr, load_trained_model, strip_prefixes
-
-
-def test_psnr_by_hand():
-    # mean squared error 0.01 is 20 dB; colours beyond white count as white
-    assert _psnr(torch.full((4, 3), 0.4), torch.full((4, 3), 0.5)) == pytest.approx(20.0, abs=1e-4)
-    assert _psnr(torch.full((4, 3), 1.7), torch.full((4, 3), 0.9)) == pytest.approx(20.0, abs=1e-4)
+from snd_nerfstudio.snd_pipeline import load_trained_model, strip_prefixes
+from tests.test_snd_mvsplat_pipeline import turn_every_second_camera
 
 
 def test_evaluation_needs_something_held_out(tiny_config):
@@ -44,7 +42,7 @@ def test_a_loss_that_is_not_finite_names_the_triplet(tiny_config):
         pipeline.get_train_loss_dict(3)
 
 
-def test_gaussians_that_cover_nothing_are_reported_before_training(tiny_config):
+def test_gaussians_that_cover_nothing_are_reported_before_training(tiny_config, monkeypatch):
     # depth read as micrometres: everything lies in front of the cameras' near plane
     from snd_nerfstudio.reconstruction.depth import DepthReconstructor
 
@@ -54,14 +52,111 @@ def test_gaussians_that_cover_nothing_are_reported_before_training(tiny_config):
 
     import snd_nerfstudio.snd_datamanager as module
 
-    original = module.RECONSTRUCTORS["depth"]
-    module.RECONSTRUCTORS["depth"] = Shrunk
-    try:
-        with pytest.raises(InputError, match="cover nothing of the target views.*unit of the depth"):
-            tiny_config.pipeline.setup(device="cpu")
-        tiny_config.pipeline.setup(device="cpu", test_mode="test")  # looking at a run is still possible
-    finally:
-        module.RECONSTRUCTORS["depth"] = original
+    monkeypatch.setattr(module, "DepthReconstructor", Shrunk)
+    with pytest.raises(InputError, match="cover nothing of the target views.*unit of the depth"):
+        tiny_config.pipeline.setup(device="cpu")
+    tiny_config.pipeline.setup(device="cpu", test_mode="test")  # looking at a run is still possible
+
+
+def report_of(config, capsys) -> str:
+    capsys.readouterr()
+    config.setup(device="cpu")
+    return printed(capsys)
+
+
+def printed(capsys) -> str:
+    """What was logged, without the lines' ends and the names of source files beside them."""
+    return " ".join(re.sub(r"\bsnd_\w+\.py:\d+", "", capsys.readouterr().out).split())
+
+
+def test_the_reconstruction_is_measured_and_reported_before_training(tiny_config, capsys):
+    said = report_of(tiny_config.pipeline, capsys)
+    report = re.search(
+        r"Reconstruction by `depth`, target views of 3 held-out triplets re-rendered: PSNR ([\d.]+) dB, SSIM "
+        r"([\d.]+), coverage (\d+)%, depth off by ([\d.]+)% \((\d+)% within a quarter\)\.",
+        said,
+    )
+    assert report, said
+    psnr, ssim, coverage, error, right = (float(value) for value in report.groups())
+    assert psnr > 15 and ssim > 0.4 and coverage > 90 and error < 0.1 and right == 100
+    assert "Warning: this reconstruction" not in said
+
+
+def test_a_bad_reconstruction_gives_a_loud_warning_that_names_the_ways_out(tiny_config, capsys):
+    tiny_config.pipeline.warn_below_psnr = 99.0
+    said = report_of(tiny_config.pipeline, capsys)
+    assert "Warning: this reconstruction is bad (below 99 dB" in said
+    for part in ("max-context-gap", "ns-train mvsplat", "--pipeline.warn-below-psnr"):
+        assert part in said
+
+
+def test_the_measurement_can_be_left_out_and_needs_nothing_held_out(tiny_config, capsys):
+    tiny_config.pipeline.checked_triplets = 0
+    assert "Reconstruction by" not in report_of(tiny_config.pipeline, capsys)
+    tiny_config.pipeline.checked_triplets = 2
+    pipeline = tiny_config.pipeline.setup(device="cpu")
+    capsys.readouterr()
+    pipeline.datamanager._eval_indices = []
+    pipeline._check_reconstruction()
+    assert "target views of 2 training triplets" in printed(capsys)
+
+
+@pytest.fixture
+def with_mvsplat(tiny_config, mvsplat_file):
+    """`snd-tiny` with a small MVSplat for the rooms' depths of 0.7 to 8."""
+    tiny_config.pipeline.datamanager.reconstructor = "mvsplat"
+    tiny_config.pipeline.datamanager.reconstructor_checkpoint = mvsplat_file
+    return tiny_config
+
+
+def test_depths_outside_near_and_far_are_warned_about(with_mvsplat, capsys):
+    assert "cannot be represented" not in report_of(with_mvsplat.pipeline, capsys)
+    with_mvsplat.pipeline.datamanager.far = 2.0
+    said = report_of(with_mvsplat.pipeline, capsys)
+    found = re.search(r"(\d+)% of the measured depths are not between near 0\.7 and far 2, and cannot", said)
+    assert found, said
+    data = with_mvsplat.pipeline.setup(device="cpu").datamanager
+    depths = torch.cat([data.eval_triplet(number, with_depth=True).context.depths.flatten() for number in range(3)])
+    depths = depths[depths > 0]
+    share = 100 * ((depths < 0.7) | (depths > 2.0)).float().mean()
+    assert abs(int(found[1]) - float(share)) <= 0.51 and share > 5
+
+
+def test_distilling_through_mvsplat_gives_a_loss_and_trains_the_student_alone(with_mvsplat):
+    pipeline = with_mvsplat.pipeline.setup(device="cpu")
+    network = pipeline.datamanager.reconstructor.network
+    before = {name: value.clone() for name, value in network.named_parameters()}
+    loss = pipeline.get_train_loss_dict(0)[1]["distillation"]
+    loss.backward()
+    assert torch.isfinite(loss) and loss > 0
+    assert all(torch.equal(value, before[name]) and value.grad is None for name, value in network.named_parameters())
+    assert any(p.grad is not None and p.grad.abs().max() > 0 for p in pipeline.model.student.parameters())
+    metrics, _ = pipeline.evaluate(pipeline.datamanager.eval_triplet(0, with_depth=True))
+    assert {"cosine", "psnr", "ssim", "coverage", "depth_error", "depth_right"} <= set(metrics)
+
+
+def test_pairs_that_cannot_be_matched_are_skipped_and_counted(with_mvsplat, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(snd_triplets, "MAX_ANGLE", 180.0)  # or the flag would be refused
+    turn_every_second_camera(with_mvsplat.pipeline, tmp_path / "rooms", "room_0001")
+    with_mvsplat.pipeline.datamanager.triplets_per_step = 3
+    pipeline = with_mvsplat.pipeline.setup(device="cpu")
+    draws = {step: [t.scene for t in pipeline.datamanager.next_train(step)] for step in range(30)}
+    mixed = next(step for step, scenes in draws.items() if scenes.count("room_0001") == 1)
+    alone = next(step for step, scenes in draws.items() if scenes.count("room_0001") == 3)
+
+    usable = [t for t in pipeline.datamanager.next_train(mixed) if t.scene != "room_0001"]
+    expected = pipeline._step(usable, seed=3)["loss"]
+    assert pipeline.skipped_pairs == 0
+    assert torch.equal(pipeline._step(pipeline.datamanager.next_train(mixed), seed=3)["loss"], expected)
+    said = printed(capsys)
+    assert pipeline.skipped_pairs == 1 and said.count("Skipped room_0001: DSC") == 1
+    assert "(1 so far)" in said and "opposite directions" in said
+
+    _, losses, _ = pipeline.get_train_loss_dict(alone)
+    losses["distillation"].backward()
+    assert losses["distillation"] == 0 and pipeline.skipped_pairs == 4
+    trained = [p for p in pipeline.model.student.parameters() if p.requires_grad]
+    assert trained and all(p.grad is not None and (p.grad == 0).all() for p in trained)
 
 
 def test_held_out_triplets_of_a_step_do_not_depend_on_what_was_evaluated_before(tiny_config):
@@ -69,6 +164,22 @@ def test_held_out_triplets_of_a_step_do_not_depend_on_what_was_evaluated_before(
     first.get_eval_loss_dict(0)
     assert first._eval_triplet_of(40).describe() == second._eval_triplet_of(40).describe()
     assert len({first._eval_triplet_of(step).describe() for step in range(0, 400, 50)}) == 3
+
+
+def test_a_checkpoint_that_was_trained_with_another_reconstructor_is_refused(with_mvsplat, tiny_config):
+    pipeline = with_mvsplat.pipeline.setup(device="cpu", test_mode="test")
+    state = {key: value.clone() for key, value in pipeline.state_dict().items()}
+    pipeline.load_pipeline(state, 3)
+    with torch.no_grad():  # as if the run that the flag names had been trained on
+        pipeline.datamanager.reconstructor.network.encoder.stem.weight[0, 0, 0, 0] += 1e-3
+    changed = pipeline._reconstructor_weights()
+    pipeline.reconstructor_fingerprint = fingerprint(changed)
+    with pytest.raises(InputError, match="step 3 was trained with another reconstructor"):
+        pipeline.load_pipeline(state, 3)
+    with_mvsplat.pipeline.datamanager.reconstructor = "depth"
+    with_mvsplat.pipeline.datamanager.reconstructor_checkpoint = None
+    with pytest.raises(InputError, match="another reconstructor than --pipeline.datamanager.reconstructor depth"):
+        with_mvsplat.pipeline.setup(device="cpu", test_mode="test").load_pipeline(state, 3)
 
 
 def test_keys_of_a_distributed_checkpoint_are_recognised():

@@ -1,19 +1,20 @@
 import json
 import shutil
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
+from PIL import Image
 
 from data_parsers.nerfstudio_scenes import NerfstudioScenesConfig
 from snd_nerfstudio.errors import InputError
 from snd_nerfstudio.profiles import resolve
 from snd_nerfstudio.scenes.frames import load_views
 from snd_nerfstudio.scenes.views import Views
-from snd_nerfstudio.snd_triplets import TripletDataManager, TripletDataManagerConfig
+from snd_nerfstudio.snd_mvsplat_pipeline import MVSplatDataManagerConfig
+from snd_nerfstudio.snd_triplets import TripletDataManagerConfig
 
 
 def manager(data: Path, **settings):
@@ -154,17 +155,6 @@ def test_gaps_grow_while_training_and_are_the_same_after_resuming(rooms):
     assert data.eval_triplet(0).describe() == usual.eval_triplet(0).describe()
 
 
-class MatchingDataManager(TripletDataManager):
-    """As a method that matches the contexts with each other would have it."""
-
-    needs_overlap = True
-
-
-@dataclass
-class MatchingDataManagerConfig(TripletDataManagerConfig):
-    _target: type = field(default_factory=lambda: MatchingDataManager)
-
-
 def test_contexts_that_look_in_opposite_directions_are_left_out_where_they_are_matched(capture, capsys):
     content = json.loads((capture / "transforms.json").read_text())
     for frame in sorted(content["frames"], key=lambda frame: frame["file_path"])[20:]:
@@ -173,11 +163,12 @@ def test_contexts_that_look_in_opposite_directions_are_left_out_where_they_are_m
         frame["transform_matrix"] = pose.tolist()
     (capture / "transforms.json").write_text(json.dumps(content))
     settings = {"data": capture, "dataparser": NerfstudioScenesConfig(), "masks": "none", "image_size": (56, 84)}
-    matched = resolve(MatchingDataManagerConfig(**settings), "fixed").setup(device="cpu")
+    matched = resolve(MVSplatDataManagerConfig(**settings), "fixed").setup(device="cpu")
     # as many pairs of a gap cross the turn as the gap is long: 8 + 9 + 10 + 11 + 12
     assert matched.triplets.opposite_pairs == 50
     printed = " ".join(capsys.readouterr().out.split())
     assert "50 context pairs that look more than 90 degrees apart are left out." in printed
+    # without matching, as with the `depth` reconstructor, they stay
     config = TripletDataManagerConfig(**settings)
     other = resolve(config, "fixed").setup(device="cpu")
     assert other.triplets.opposite_pairs == 0 and other.triplets.num_pairs == matched.triplets.num_pairs + 50
@@ -199,3 +190,82 @@ def test_without_depth_everything_else_goes_on(capture, damage):
     # the first frame is not among the held-out ones, which may still have theirs
     held_out = data.eval_triplet(0, with_depth=True)
     assert data.eval_frames.has_depth == (damage == "one") == (held_out.target.depths is not None)
+
+
+def several(data: Path, targets: int, **settings):
+    settings = {"image_size": (28, 42), "eval_triplets": 4, "targets_per_pair": targets, **settings}
+    return resolve(MVSplatDataManagerConfig(data=data, **settings), "fixed").setup(device="cpu", seed=5)
+
+
+def test_a_pair_may_have_several_targets_in_training_and_has_one_in_evaluation(rooms):
+    data, alone = several(rooms, 3), several(rooms, 1)
+    order = {str(file): int(p) for file, p in zip(data.train_frames.image_files, data.train_frames.frame_order)}
+    for step in range(6):
+        (triplet,), (single,) = data.next_train(step), alone.next_train(step)
+        scene = data.train_frames.image_files[0].parents[2] / triplet.scene / "images"
+        left, right = (order[str(scene / name)] for name in triplet.context.names)
+        places = [order[str(scene / name)] for name in triplet.target.names]
+        assert len(set(places)) == 3 and all(left < place < right for place in places)
+        assert triplet.target.images.shape == (3, 3, 28, 42) and triplet.target.camera_to_worlds.shape == (3, 4, 4)
+        assert len(triplet.target.images.unique(dim=0)) == 3
+        assert single.context.names == triplet.context.names and single.target.names == triplet.target.names[:1]
+        assert torch.equal(single.target.images[0], triplet.target.images[0])
+    assert len(data.eval_triplet(0).target) == len(data.shown_triplet.target) == 1
+    with pytest.raises(InputError, match="--pipeline.datamanager.targets-per-pair must be at least 1"):
+        several(rooms, 0)
+
+
+def test_masks_are_not_read_where_they_are_not_used(rooms):
+    (triplet,) = several(rooms, 2).next_train(0)
+    assert triplet.context.masks is None and triplet.context.depths is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, (None, None)),
+        ({"near": 0.3}, (0.3, None)),
+        ({"far": 7.0}, (None, 7.0)),
+        ({"near": 0.3, "far": 7.0, "bounds": "scene"}, (0.3, 7.0)),
+    ],
+)
+def test_near_and_far_are_unknown_unless_they_are_given(rooms, settings, expected):
+    assert several(rooms, 1, **settings).depth_range == expected
+
+
+def test_near_and_far_of_the_scene_are_those_of_its_depth_maps(rooms, capsys):
+    data = several(rooms, 1, bounds="scene")
+    frames = data.train_frames
+    values = []
+    for index in np.linspace(0, len(frames) - 1, 48).round().astype(int):
+        depth = np.asarray(Image.open(frames.depth_files[index])).astype(np.float32) / 1000
+        values.append(depth[depth > 0][::7])
+    near, far = np.quantile(np.concatenate(values), [0.005, 0.995])
+    assert data.depth_range == pytest.approx((near / 1.1, far * 1.1), rel=1e-5)
+    assert f"near {near / 1.1:.2f}, far {far * 1.1:.2f}" in " ".join(capsys.readouterr().out.split())
+    assert several(rooms, 1, bounds="scene", near=0.01).depth_range == pytest.approx((0.01, far * 1.1), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"near": 8.0, "far": 8.0}, "near 8.0 and --pipeline.datamanager.far 8.0: 0 < near < far"),
+        ({"near": -1.0}, "near -1.0"),
+        ({"far": 0.001, "bounds": "scene"}, "far 0.001: 0 < near < far"),
+    ],
+)
+def test_near_and_far_out_of_order_are_refused(rooms, settings, message):
+    with pytest.raises(InputError, match=message):
+        several(rooms, 1, **settings).depth_range
+
+
+def test_bounds_of_a_scene_without_depth_name_the_flags(capture):
+    content = json.loads((capture / "transforms.json").read_text())
+    for frame in content["frames"]:
+        del frame["depth_file_path"]
+    (capture / "transforms.json").write_text(json.dumps(content))
+    data = several(capture, 1, dataparser=NerfstudioScenesConfig(), bounds="scene")
+    with pytest.raises(InputError, match="bounds scene.*--pipeline.datamanager.near and --pipeline.datamanager.far"):
+        data.depth_range
+    given = several(capture, 1, dataparser=NerfstudioScenesConfig(), bounds="scene", near=1.0, far=2.0)
+    assert given.depth_range == (1.0, 2.0)

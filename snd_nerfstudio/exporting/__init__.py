@@ -1,1 +1,1 @@
-"""Taking a distilled backbone away."""
+"""Taking away what was trained."""

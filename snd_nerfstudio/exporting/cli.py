@@ -42,7 +42,34 @@ class ExportBackbone:
         print(f"Wrote {manifest.parent / 'snd_backbone.safetensors'} and {manifest.name} ({self.which}, step {step}).")
 
 
-COMMANDS: dict[str, type] = {"snd-backbone": ExportBackbone}
+@dataclass
+class ExportMVSplat:
+    """Write the trained reconstructor in the released MVSplat's layout (a state dict with keys under `encoder.`)."""
+
+    load_config: Path
+    """The config.yml of a run of ns-train mvsplat."""
+    output_dir: Path
+    """Folder to write mvsplat.ckpt to; made if it is not there."""
+
+    def main(self) -> None:
+        """Export, read it back, compare, and say where it is."""
+        import torch
+
+        from snd_nerfstudio.reconstruction.mvsplat import MVSplat
+        from snd_nerfstudio.reconstruction.mvsplat.checkpoints import write_official
+        from snd_nerfstudio.snd_mvsplat_pipeline import load_trained_network
+
+        _, model, step = load_trained_network(self.load_config)
+        file = self.output_dir / "mvsplat.ckpt"
+        write_official(model.network, model.network.settings, file, {"global_step": step, "epoch": 0})
+        again = MVSplat.from_checkpoint(file)
+        same = all(torch.equal(a, b) for a, b in zip(model.network.parameters(), again.parameters(), strict=True))
+        if not same or again.settings != model.network.settings:
+            raise RuntimeError(f"{file} does not give the same network when it is read again")
+        print(f"Wrote {file} ({sum(p.numel() for p in again.parameters()):,} parameters, step {step}).")
+
+
+COMMANDS: dict[str, type] = {"snd-backbone": ExportBackbone, "snd-mvsplat": ExportMVSplat}
 
 
 def main() -> None:
@@ -50,7 +77,7 @@ def main() -> None:
     from snd_nerfstudio.errors import show_input_errors_without_traceback
 
     show_input_errors_without_traceback()
-    tyro.extras.subcommand_cli_from_dict(COMMANDS, description="Take a distilled backbone away.").main()
+    tyro.extras.subcommand_cli_from_dict(COMMANDS, description="Take away what was trained.").main()
 
 
 if __name__ == "__main__":

@@ -13,6 +13,9 @@ from jaxtyping import Bool, Float, Int
 
 from snd_nerfstudio.errors import InputError
 
+NO_BASELINE = 1e-6
+"""Cameras nearer to each other than this, in world units, are at the same place."""
+
 
 class NoTripletError(InputError):
     """The dataset is in order, but too short for a single triplet."""
@@ -29,6 +32,8 @@ class TripletIndex:
 
     context: tuple[int, int]
     target: int
+    more_targets: tuple[int, ...] = ()
+    """Further targets of the same contexts, where several are asked for."""
 
 
 def growing_gap(step: int, initial: int, final: int, warmup_steps: int) -> int:
@@ -52,6 +57,7 @@ class TripletSampler:
         target_view: where the target lies.
         max_angle: largest angle between the contexts' viewing directions in degrees; pairs beyond are left out. None:
             no limit.
+        min_baseline: shortest distance between the contexts, world units; pairs below it have no baseline.
 
     Raises:
         InputError: the gaps make no sense.
@@ -68,6 +74,7 @@ class TripletSampler:
         max_gap: int = 12,
         target_view: TargetView = "between",
         max_angle: Optional[float] = None,
+        min_baseline: float = NO_BASELINE,
     ) -> None:
         smallest = 2 if target_view == "between" else 1
         if not smallest <= min_gap <= max_gap:
@@ -78,6 +85,7 @@ class TripletSampler:
         self.target_view: TargetView = target_view
         self.scene_names = tuple(scene_names)
         self.max_angle = max_angle
+        self.min_baseline = min_baseline
         self.zero_baseline_pairs = 0
         self.opposite_pairs = 0
         # pairs[scene][gap] = [n 2] frame numbers; targets are looked up per draw from the sorted frames of the scene
@@ -116,7 +124,7 @@ class TripletSampler:
 
     def _reconstructible(self, cameras: Float[np.ndarray, "pairs 2 4 4"]) -> Bool[np.ndarray, "pairs"]:
         """Which pairs have a baseline and look in similar directions; the others are counted."""
-        kept = np.linalg.norm(cameras[:, 0, :3, 3] - cameras[:, 1, :3, 3], axis=1) >= 1e-6
+        kept = np.linalg.norm(cameras[:, 0, :3, 3] - cameras[:, 1, :3, 3], axis=1) >= self.min_baseline
         self.zero_baseline_pairs += int((~kept).sum())
         if self.max_angle is not None:
             first, second = cameras[:, 0, :3, 2], cameras[:, 1, :3, 2]
@@ -170,7 +178,9 @@ class TripletSampler:
             inside |= (frames == left) | (frames == right)
         return frames[inside]
 
-    def draw(self, seed: int, step: int, rank: int = 0, item: int = 0, max_gap: Optional[int] = None) -> TripletIndex:
+    def draw(
+        self, seed: int, step: int, rank: int = 0, item: int = 0, max_gap: Optional[int] = None, targets: int = 1
+    ) -> TripletIndex:
         """One random triplet: scene, gap, pair and target are each drawn uniformly.
 
         Every scene counts the same however many frames it has (as in the released code, one item per scene and epoch).
@@ -181,6 +191,7 @@ class TripletSampler:
             rank: of the process.
             item: of the step.
             max_gap: largest gap for now; a scene whose pairs are all further apart gives those of its smallest gap.
+            targets: how many different targets, or as many as there are.
         """
         generator = np.random.default_rng([seed, step, rank, item])
         scene = int(generator.choice(self.usable_scenes))
@@ -190,8 +201,11 @@ class TripletSampler:
             gaps = [gap for gap in gaps if gap <= max_gap] or gaps[:1]
         gap = int(generator.choice(np.array(gaps)))
         left, right = (int(frame) for frame in pairs[gap][generator.integers(len(pairs[gap]))])
-        target = int(generator.choice(self._targets(scene, left, right)))
-        return TripletIndex((left, right), target)
+        choices = self._targets(scene, left, right)
+        target = int(generator.choice(choices))
+        others = choices[choices != target]
+        more = generator.choice(others, min(targets - 1, len(others)), replace=False) if targets > 1 else ()
+        return TripletIndex((left, right), target, tuple(int(frame) for frame in more))
 
     def spread(self, count: int) -> list[TripletIndex]:
         """A fixed list of at most ``count`` triplets spread evenly over scenes and paths, target in the middle."""

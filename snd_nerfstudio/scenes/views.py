@@ -63,7 +63,7 @@ class ViewTriplet:
     context: Views
     """The two context views."""
     target: Views
-    """The target view; ``len(target) == 1``."""
+    """The target view; several of them where a method learns from more than one (photometric training)."""
     scene: str
     """Name of the scene, for messages."""
 

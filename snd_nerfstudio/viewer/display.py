@@ -5,24 +5,21 @@ from typing import Optional
 
 import torch
 from jaxtyping import Float
-from nerfstudio.utils.rich_utils import CONSOLE
-from nerfstudio.viewer_legacy.server.viewer_utils import IOChangeException
 from torch import Tensor
 
 from snd_nerfstudio.scenes.views import ViewTriplet
 from snd_nerfstudio.splatting import Gaussians, PinholeCamera
 from snd_nerfstudio.supervision.dense import lift
 from snd_nerfstudio.supervision.settings import SupervisionSettings
-from snd_nerfstudio.viewer.outputs import ShownScene, blank_outputs, render_outputs, shown_scene
+from snd_nerfstudio.viewer.guarded import GuardedDisplay
+from snd_nerfstudio.viewer.outputs import OUTPUT_CHANNELS, ShownScene, render_outputs
 from snd_nerfstudio.viewer.pca import PCABasis, fit_pca
 
 Tokens = Callable[[Float[Tensor, "b 3 H W"]], Float[Tensor, "b h w c"]]
 
 
-class Display:
+class Display(GuardedDisplay):
     """One triplet's Gaussians and the colours of their features.
-
-    A render can be interrupted between any two lines, so whatever is remembered is stored in one assignment at the end.
 
     Args:
         teacher: tokens of the teacher.
@@ -30,6 +27,8 @@ class Display:
         target_tokens: the tokens a triplet's student is to predict, as rows.
         settings: how the teacher's tokens are lifted.
     """
+
+    CHANNELS = OUTPUT_CHANNELS
 
     def __init__(
         self,
@@ -43,11 +42,10 @@ class Display:
         self.scene: Optional[ShownScene] = None
         self._basis: Optional[PCABasis] = None
         self._gaussian_pca: Optional[Tensor] = None
-        self._failed = False
 
     def show(self, triplet: ViewTriplet, gaussians: Gaussians) -> None:
         """Put a triplet's Gaussians on display."""
-        self.scene = shown_scene(triplet, gaussians)
+        self.scene = ShownScene(triplet, gaussians)
         self._gaussian_pca = None
 
     def refit(self) -> None:
@@ -80,27 +78,8 @@ class Display:
             self._gaussian_pca = projected
         return projected
 
-    @torch.no_grad()
-    def render(self, camera: PinholeCamera, device: torch.device) -> dict[str, Tensor]:
-        """Every output for one camera.
-
-        Never fails: an error would end the browser tab's render thread for good, so it is logged once and grey pictures
-        are returned instead.
-
-        Raises:
-            IOChangeException: nerfstudio's own signal that a newer camera is waiting.
-        """
-        try:
-            if self.scene is None:
-                raise RuntimeError("no triplet is shown yet")
-            basis = self.basis()
-            outputs = render_outputs(self.scene, camera, self._projected(self.scene, basis), basis, self._student)
-            self._failed = False
-            return outputs
-        except IOChangeException:
-            raise
-        except Exception as error:
-            if not self._failed:
-                CONSOLE.log(f"[red]Rendering failed, the viewer shows grey: {type(error).__name__}: {error}")
-            self._failed = True
-            return blank_outputs(camera.height, camera.width, device)
+    def _pictures(self, camera: PinholeCamera) -> dict[str, Tensor]:
+        if self.scene is None:
+            raise RuntimeError("no triplet is shown yet")
+        basis = self.basis()
+        return render_outputs(self.scene, camera, self._projected(self.scene, basis), basis, self._student)

@@ -10,8 +10,9 @@ from jaxtyping import Float
 from nerfstudio.cameras.cameras import Cameras
 from torch import Tensor
 
+from snd_nerfstudio.reconstruction.quality import gaussian_colours
 from snd_nerfstudio.scenes.views import ViewTriplet
-from snd_nerfstudio.splatting import Gaussians, PinholeCamera, rasterize
+from snd_nerfstudio.splatting import Gaussians, PinholeCamera, Splatted, rasterize
 from snd_nerfstudio.splatting.projection import BLUR_VARIANCE
 from snd_nerfstudio.viewer.pca import PCABasis
 
@@ -21,17 +22,10 @@ OUTPUT_CHANNELS = {"rgb": 3, "depth": 1, "accumulation": 1, "splatted_pca": 3, "
 
 @dataclass(frozen=True)
 class ShownScene:
-    """The Gaussians on display and what they carry."""
+    """The Gaussians on display and the views they come from."""
 
     triplet: ViewTriplet
     gaussians: Gaussians
-    colours: Float[Tensor, "n 3"]
-    """Of the context pixels, in [0, 1]."""
-
-
-def shown_scene(triplet: ViewTriplet, gaussians: Gaussians) -> ShownScene:
-    """Put a triplet's Gaussians on display."""
-    return ShownScene(triplet, gaussians, rearrange(triplet.context.images, "v c h w -> (v h w) c"))
 
 
 def to_pinhole(camera: Cameras) -> PinholeCamera:
@@ -54,6 +48,15 @@ def ray_lengths(camera: PinholeCamera) -> Float[Tensor, "H W 1"]:
     y = (rows - camera.intrinsics[1, 2]) / camera.intrinsics[1, 1]
     x = (columns - camera.intrinsics[0, 2]) / camera.intrinsics[0, 0]
     return (1 + x[None, :] ** 2 + y[:, None] ** 2).sqrt()[..., None]
+
+
+def ray_distance(splat: Splatted, camera: PinholeCamera) -> Float[Tensor, "H W 1"]:
+    """Expected depth along the rays, as nerfstudio's ``depth`` is.
+
+    Where nothing was hit it is put behind everything, or it would hide the viewer's camera frusta.
+    """
+    covered = splat.alpha[..., None] > 1e-3
+    return torch.where(covered, splat.depth[..., None], splat.depth.max()) * ray_lengths(camera)
 
 
 def without_gaps(scene: ShownScene, camera: PinholeCamera) -> Gaussians:
@@ -94,12 +97,9 @@ def render_outputs(
         basis: colours of features.
         student: tokens of an image in [0, 1].
     """
-    splat = rasterize(without_gaps(scene, camera), camera, torch.cat([scene.colours, gaussian_pca], dim=1))
+    colours = gaussian_colours(scene.gaussians, scene.triplet.context, camera)
+    splat = rasterize(without_gaps(scene, camera), camera, torch.cat([colours, gaussian_pca], dim=1))
     alpha = splat.alpha[..., None]
-    covered = alpha > 1e-3
-    # where nothing was hit, put the depth behind everything, or it would hide the viewer's camera frusta
-    farthest = splat.depth.max()
-    distance = torch.where(covered, splat.depth[..., None], farthest) * ray_lengths(camera)
     rgb = splat.features[..., :3].clamp(0, 1)
     splatted = basis.colour(splat.features[..., 3:] / alpha.clamp(min=1e-3)) * alpha
     size = (scene.triplet.target.height, scene.triplet.target.width)
@@ -108,16 +108,9 @@ def render_outputs(
     grown = F.interpolate(rearrange(tokens, "1 h w c -> 1 c h w"), size=(camera.height, camera.width), mode="nearest")
     outputs = {
         "rgb": rgb,
-        "depth": distance,
+        "depth": ray_distance(splat, camera),
         "accumulation": alpha,
         "splatted_pca": splatted,
         "student_pca": rearrange(grown, "1 c H W -> H W c"),
     }
     return {name: torch.nan_to_num(value, nan=0.0, posinf=0.0, neginf=0.0) for name, value in outputs.items()}
-
-
-def blank_outputs(height: int, width: int, device: torch.device | str) -> dict[str, Tensor]:
-    """Grey pictures of the right size and shape, for when a render fails."""
-    return {
-        name: torch.full((height, width, channels), 0.5, device=device) for name, channels in OUTPUT_CHANNELS.items()
-    }

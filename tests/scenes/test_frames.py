@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from snd_nerfstudio.errors import InputError
-from snd_nerfstudio.scenes.frames import Frames, check_frames, load_views, read_mask
+from snd_nerfstudio.scenes.frames import Frames, check_frames, depth_bounds, load_views, read_mask
 
 
 @pytest.fixture
@@ -153,6 +153,41 @@ def test_a_dataset_has_depth_only_if_every_frame_has_a_file(frames):
     assert not replace(frames, depth_files=[frames.depth_files[0], None]).has_depth
     frames.depth_files[1].unlink()
     assert not replace(frames).has_depth
+
+
+def with_depths(frames, maps, scale=1e-3):
+    for file, depth in zip(frames.depth_files, maps):
+        Image.fromarray(depth.astype(np.uint16)).save(file)
+    return replace(frames, depth_scale=np.full(2, scale))
+
+
+def test_bounds_hold_nearly_all_depths_and_a_tenth_more(frames):
+    generator = np.random.default_rng(1)
+    maps = [generator.integers(500, 9000, (20, 30)), generator.integers(500, 9000, (20, 30))]
+    maps[0][:, :4] = 0  # not measured
+    maps[1][0, :2] = 60_000  # wrong: a few pixels must not stretch the range
+    near, far = depth_bounds(with_depths(frames, maps))
+    # every seventh of the measured pixels of each map
+    looked_at = np.concatenate([depth[depth > 0][::7] for depth in maps]) / 1000
+    assert near == pytest.approx(np.quantile(looked_at, 0.005) / 1.1, rel=1e-5)
+    assert far == pytest.approx(np.quantile(looked_at, 0.995) * 1.1, rel=1e-5)
+    assert 0.4 < near < 0.6 and 9 < far < 70
+
+
+def test_bounds_are_in_world_units_and_of_frames_spread_over_the_dataset(frames):
+    maps = [np.full((20, 30), 1000), np.full((20, 30), 4000)]
+    near, far = depth_bounds(with_depths(frames, maps, scale=0.01))
+    assert (near, far) == pytest.approx((10 / 1.1, 44.0))
+    near, far = depth_bounds(with_depths(frames, maps, scale=0.01), looked_at=1)  # the first frame
+    assert (near, far) == pytest.approx((10 / 1.1, 11.0))
+
+
+def test_bounds_without_depth_name_the_flags(frames):
+    for without in (replace(frames, depth_files=None), replace(frames, depth_files=[frames.depth_files[0], None])):
+        with pytest.raises(InputError, match="bounds scene.*not every frame.*datamanager.near.*datamanager.far"):
+            depth_bounds(without)
+    with pytest.raises(InputError, match="no valid pixel.*--pipeline.datamanager.near"):
+        depth_bounds(with_depths(frames, [np.zeros((20, 30))] * 2))
 
 
 @pytest.mark.parametrize(

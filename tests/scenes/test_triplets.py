@@ -160,6 +160,38 @@ def test_a_draw_stays_what_it_was_in_earlier_versions():
     assert chosen.draw(7, 49_999, item=3) == TripletIndex((34, 45), 38)
 
 
+def test_several_targets_are_different_frames_strictly_between_the_contexts():
+    chosen = sampler()
+    for triplet in draws_of(chosen, targets=4):
+        targets = [triplet.target, *triplet.more_targets]
+        assert len(set(targets)) == len(targets) == 4
+        assert all(triplet.context[0] < target < triplet.context[1] for target in targets)
+    for triplet in draws_of(chosen, targets=20):  # as many as there are
+        assert {triplet.target, *triplet.more_targets} == set(range(triplet.context[0] + 1, triplet.context[1]))
+
+
+def test_all_places_between_the_contexts_are_drawn_as_further_targets():
+    chosen = sampler(counts=(30,), min_gap=8, max_gap=8)
+    places = Counter(frame - t.context[0] for t in draws_of(chosen, targets=3) for frame in t.more_targets)
+    assert set(places) == set(range(1, 8)) and min(places.values()) > 25
+
+
+def test_further_targets_leave_contexts_and_first_target_as_they_are():
+    chosen = sampler()
+    alone, several = draws_of(chosen), draws_of(chosen, targets=3)
+    assert all(triplet.more_targets == () for triplet in alone)
+    assert [(t.context, t.target) for t in several] == [(t.context, t.target) for t in alone]
+    assert draws_of(chosen, targets=3) == several and draws_of(chosen, targets=1) == alone
+
+
+@pytest.mark.parametrize(("target_view", "most"), [("context", 2), ("between_or_context", 9)])
+def test_further_targets_of_the_other_target_views(target_view, most):
+    chosen = sampler(min_gap=8, max_gap=8, target_view=target_view)
+    for triplet in draws_of(chosen, targets=20):
+        targets = {triplet.target, *triplet.more_targets}
+        assert len(targets) == most and set(triplet.context) <= targets
+
+
 def test_the_largest_gap_of_a_draw_can_be_lowered():
     chosen = sampler()
     assert {d.context[1] - d.context[0] for d in draws_of(chosen, max_gap=9)} == {8, 9}

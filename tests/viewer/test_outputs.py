@@ -1,9 +1,10 @@
 import torch
 
 from snd_nerfstudio.reconstruction.depth import DepthReconstructor
+from snd_nerfstudio.reconstruction.quality import gaussian_colours
 from snd_nerfstudio.scenes.views import Views, ViewTriplet
 from snd_nerfstudio.splatting import PinholeCamera, rasterize
-from snd_nerfstudio.viewer.outputs import ray_lengths, shown_scene, without_gaps
+from snd_nerfstudio.viewer.outputs import ShownScene, ray_lengths, without_gaps
 
 
 def wall():
@@ -12,7 +13,7 @@ def wall():
     poses[1, 0, 3] = 0.1
     views = Views(torch.rand(2, 3, 28, 40), poses, intrinsics, None, torch.full((2, 28, 40), 3.0))
     target = Views(views.images[:1], poses[:1], intrinsics[:1])
-    return shown_scene(ViewTriplet(views, target, "wall"), DepthReconstructor()(views))
+    return ShownScene(ViewTriplet(views, target, "wall"), DepthReconstructor()(views))
 
 
 def zoomed(scene, factor):
@@ -31,8 +32,9 @@ def test_an_enlarged_picture_has_no_gaps_between_the_gaussians():
     scene = wall()
     camera = zoomed(scene, 6.0)
     inner = (slice(18, -18), slice(18, -18))
-    holes = rasterize(scene.gaussians, camera, scene.colours).alpha[inner].min()
-    filled = rasterize(without_gaps(scene, camera), camera, scene.colours).alpha[inner].min()
+    colours = gaussian_colours(scene.gaussians, scene.triplet.context, camera)
+    holes = rasterize(scene.gaussians, camera, colours).alpha[inner].min()
+    filled = rasterize(without_gaps(scene, camera), camera, colours).alpha[inner].min()
     assert holes < 0.7 and filled > 0.9
 
 

@@ -4,6 +4,7 @@ import contextlib
 import os
 import pickle
 import re
+import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +28,21 @@ EXTRA_STATE = "_extra_state"
 UNIMATCH_UNUSED = ("feature_flow_attn.", "upsampler.")
 """The parts of UniMatch's `gmdepth` that MVSplat has no place for."""
 PUBLISHED = "https://github.com/donydchen/mvsplat"
+
+UNREADABLE = (
+    RuntimeError,
+    EOFError,
+    OSError,
+    ValueError,
+    KeyError,
+    IndexError,
+    TypeError,
+    AttributeError,
+    struct.error,
+    pickle.UnpicklingError,
+    SafetensorError,
+)
+"""What reading a damaged file has been seen to raise."""
 
 _UNET = (
     (r"stem", "input_blocks.0.0"),
@@ -138,6 +154,9 @@ def from_official(state: Mapping[str, Tensor], settings: MVSplatSettings, source
     """
     prefix = PREFIX if any(key.startswith(PREFIX) for key in state) else ""
     unused = set(unused_keys(state))
+    strange = sorted(key for key in state.keys() - unused if not key.startswith(prefix))
+    if strange:
+        raise InputError(f"{source} has keys with and without the prefix {PREFIX} ({', '.join(strange[:3])}).")
     shapes = _shapes(settings)
     names = {official_key(key): key for key in shapes}
     given = {key.removeprefix(prefix): value for key, value in state.items() if key not in unused}
@@ -153,22 +172,46 @@ def _shapes(settings: MVSplatSettings) -> dict[str, tuple[int, ...]]:
     return {key: tuple(value.shape) for key, value in network.named_parameters()}
 
 
-def _check_keys(given: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], source: str) -> None:
+RELEASED = f"The released MVSplat is `re10k.ckpt` of {PUBLISHED}."
+UNIMATCH = "UniMatch's is gmdepth-scale1-resumeflowthings-scannet-5d9d7964.pth of https://github.com/autonomousvision/unimatch."
+
+
+def _check_keys(
+    given: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], source: str, wanted: str = RELEASED
+) -> None:
     missing, unknown = sorted(expected.keys() - given.keys()), sorted(given.keys() - expected.keys())
     if len(missing) > len(expected) // 2:
         raise InputError(
             f"{source} is a checkpoint of another model: {len(missing)} of MVSplat's {len(expected)} weights are not "
-            f"in it (among them {missing[0]}). The released MVSplat is `re10k.ckpt` of {PUBLISHED}."
+            f"in it (among them {missing[0]}). {wanted}"
         )
     problems = [f"missing {key}" for key in missing] + [f"unknown {key}" for key in unknown]
     problems += [
+        f"{key} is a {_kind(given[key])}"
+        for key in sorted(expected.keys() & given.keys())
+        if not isinstance(given[key], Tensor) or not given[key].is_floating_point()
+    ]
+    problems += [f"{key} has a NaN or infinite value" for key in sorted(_broken(given, expected))]
+    problems += [
         f"{key} has shape {tuple(given[key].shape)}, expected {expected[key]}"
         for key in sorted(expected.keys() & given.keys())
-        if tuple(given[key].shape) != expected[key]
+        if isinstance(given[key], Tensor) and tuple(given[key].shape) != expected[key]
     ]
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise InputError(f"{source} does not fit MVSplat: {'; '.join(problems[:3])}{more}.")
+
+
+def _kind(value: Any) -> str:
+    return f"tensor of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+
+
+def _broken(given: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
+    return [
+        key
+        for key in expected.keys() & given.keys()
+        if isinstance(given[key], Tensor) and given[key].is_floating_point() and not given[key].isfinite().all()
+    ]
 
 
 def read_file(path: Path) -> dict[str, Any]:
@@ -183,14 +226,21 @@ def read_file(path: Path) -> dict[str, Any]:
         if path.suffix == ".safetensors":
             return load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError, SafetensorError) as error:
+    except UNREADABLE as error:
+        refused = re.search(r"GLOBAL (\S+)", str(error))
+        if refused is not None:
+            raise InputError(
+                f"The checkpoint {path} holds objects besides tensors and plain values ({refused[1]}), which are not "
+                'unpickled because they can run code. If you trust the file, keep its weights alone: python -c "import '
+                f"torch; c = torch.load('{path}', map_location='cpu', weights_only=False); "
+                "torch.save({'state_dict': c['state_dict']}, 'weights.ckpt')\""
+            ) from error
         first = str(error).strip().splitlines()[:1] or [type(error).__name__]
         raise InputError(
-            f"The checkpoint {path} cannot be read as tensors and plain values ({first[0]}): it is damaged, or holds "
-            "other objects, which are not unpickled because they can run code."
+            f"The checkpoint {path} cannot be read ({first[0]}): it is damaged, or no checkpoint."
         ) from error
-    if not isinstance(content, dict):
-        raise InputError(f"The checkpoint {path} holds a {type(content).__name__}, not a dictionary of weights.")
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise InputError(f"The checkpoint {path} holds a {type(content).__name__}, not a dictionary of named weights.")
     return content
 
 
@@ -223,22 +273,25 @@ def read_checkpoint(
         settings = MVSplatSettings.from_dict(content[SETTINGS_KEY], f"The checkpoint {path}")
     settings = settings if geometry is None else replace(settings, geometry=geometry)
     state = content.get("state_dict", content)
-    state = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
+        raise InputError(f"The `state_dict` of the checkpoint {path} is no dictionary of named weights.")
     weights = from_official(state, settings, f"The checkpoint {path}")
     report = CheckpointReport(path, len(weights), unused_keys(state))
     return settings, {**weights, EXTRA_STATE: settings.to_dict()}, report
 
 
-def _from_run(
-    state: Mapping[str, Any], path: Path, geometry: Optional[Geometry]
-) -> tuple[MVSplatSettings, dict[str, Any]]:
-    names = [key for key in state if key.endswith("network." + EXTRA_STATE)]
+def _from_run(state: Any, path: Path, geometry: Optional[Geometry]) -> tuple[MVSplatSettings, dict[str, Any]]:
+    named = isinstance(state, Mapping)
+    names = [str(key) for key in state if str(key).endswith("network." + EXTRA_STATE)] if named else []
     if len(names) != 1:
         raise InputError(f"The checkpoint {path} is not of a run of `ns-train mvsplat`.")
     prefix = names[0].removesuffix(EXTRA_STATE)
+    strange = sorted(str(key) for key in state if not str(key).startswith(prefix))
+    if strange:
+        raise InputError(f"The checkpoint {path} has keys that are not the network's ({', '.join(strange[:3])}).")
     settings = MVSplatSettings.from_dict(state[names[0]], f"The checkpoint {path}")
     settings = settings if geometry is None else replace(settings, geometry=geometry)
-    weights = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    weights = {key.removeprefix(prefix): value for key, value in state.items()}
     weights[EXTRA_STATE] = settings.to_dict()
     given = {key: value for key, value in weights.items() if key != EXTRA_STATE}
     _check_keys(given, _shapes(settings), f"The checkpoint {path}")
@@ -284,12 +337,14 @@ def load_unimatch(network: nn.Module, path: Path) -> list[str]:
         InputError: the file is missing, damaged, or does not fit.
     """
     content = read_file(path)
-    state: Mapping[str, Tensor] = content.get("model", content)
+    state = content.get("model", content)
+    if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
+        raise InputError(f"The checkpoint {path} is not UniMatch's. {UNIMATCH}")
     unused = sorted(key for key in state if key.startswith(UNIMATCH_UNUSED))
     parameters = dict(network.named_parameters())
     names = {key: official_key(key).removeprefix("backbone.") for key in _initialised(parameters)}
     given = {key: value for key, value in state.items() if key not in unused}
-    _check_keys(given, {names[key]: tuple(parameters[key].shape) for key in names}, f"The checkpoint {path}")
+    _check_keys(given, {names[key]: tuple(parameters[key].shape) for key in names}, f"The checkpoint {path}", UNIMATCH)
     with torch.no_grad():
         for ours, theirs in names.items():
             parameters[ours].copy_(given[theirs])

@@ -8,6 +8,8 @@ from snd_nerfstudio.reconstruction.mvsplat.settings import STRIDE
 
 MAX_ANGLE = 120.0
 """Degrees between the viewing directions beyond which two views are taken to look away from each other."""
+MIN_FOCAL = 4.0
+"""Pixels; anything shorter sees nearly half the world in 16 pixels, or is no focal length in pixels."""
 MIN_BASELINE = 1e-4
 """Shortest useful distance between the cameras, as a share of near or of one world unit, whichever is less."""
 
@@ -43,12 +45,13 @@ def check_inputs(images: Tensor, intrinsics: Tensor, camera_to_world: Tensor, ne
             f"Images of {height}x{width} are too small for MVSplat: it needs at least {STRIDE}x{STRIDE} pixels "
             "(--pipeline.datamanager.image-size)."
         )
+    if not images.is_floating_point() or images.amin() < -0.01 or images.amax() > 1.01:
+        raise InputError("Images must be floating point with colours in [0, 1]; divide 8-bit colours by 255.")
     named = (("images", images), ("intrinsics", intrinsics), ("poses", camera_to_world), ("near", near), ("far", far))
     for name, tensor in named:
         if not torch.isfinite(tensor).all():
             raise InputError(f"The context views' {name} have a NaN or infinite value: check the dataset's {name}.")
-    if (intrinsics[..., 0, 0] <= 0).any() or (intrinsics[..., 1, 1] <= 0).any():
-        raise InputError("The context views' intrinsics have a focal length that is not positive: check the dataset.")
+    _check_intrinsics(intrinsics)
     if ((near <= 0) | (far <= near)).any():
         raise InputError(
             f"near {_some(near)} and far {_some(far)} of the plane sweep: 0 < near < far is needed "
@@ -57,7 +60,21 @@ def check_inputs(images: Tensor, intrinsics: Tensor, camera_to_world: Tensor, ne
     _check_poses(camera_to_world.double(), near.double())
 
 
+def _check_intrinsics(intrinsics: Tensor) -> None:
+    if (intrinsics[..., 0, 0] <= 0).any() or (intrinsics[..., 1, 1] <= 0).any():
+        raise InputError("The context views' intrinsics have a focal length that is not positive: check the dataset.")
+    if ((intrinsics[..., 2, :] - intrinsics.new_tensor([0, 0, 1])).abs() > 1e-6).any():
+        raise InputError("The last row of the context views' intrinsics is not (0, 0, 1): check the dataset.")
+    if (intrinsics[..., [0, 1], [0, 1]] < MIN_FOCAL).any():
+        raise InputError(
+            f"The context views' intrinsics have a focal length below {MIN_FOCAL:g} pixels: are they normalised by the "
+            "image size? Give them in pixels."
+        )
+
+
 def _check_poses(poses: Tensor, near: Tensor) -> None:
+    if ((poses[..., 3, :] - poses.new_tensor([0, 0, 0, 1])).abs() > 1e-6).any():
+        raise InputError("The last row of the context views' poses is not (0, 0, 0, 1): check the dataset's poses.")
     rotations = poses[..., :3, :3]
     identity = torch.eye(3, dtype=poses.dtype, device=poses.device)
     off = (rotations @ rotations.transpose(-1, -2) - identity).abs().amax()

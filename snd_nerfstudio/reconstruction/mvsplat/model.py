@@ -136,9 +136,11 @@ class MVSplat(nn.Module):
         Raises:
             InputError: see `checks.check_inputs`.
         """
-        near = images.new_full(images.shape[:2], self.settings.near) if near is None else near
-        far = images.new_full(images.shape[:2], self.settings.far) if far is None else far
+        near = torch.full(images.shape[:2], self.settings.near, device=images.device) if near is None else near
+        far = torch.full(images.shape[:2], self.settings.far, device=images.device) if far is None else far
         check_inputs(images, intrinsics, camera_to_world, near, far)
+        images, intrinsics, camera_to_world = images.float(), intrinsics.float(), camera_to_world.float()
+        near, far = near.float(), far.float()
         height, width = images.shape[-2:]
         batch = images.shape[0]
         flat = rearrange(images, "b v c h w -> (b v) c h w")

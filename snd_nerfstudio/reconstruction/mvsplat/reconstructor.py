@@ -1,6 +1,7 @@
 """MVSplat as the reconstructor of `ns-train snd`."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Optional
 
@@ -15,7 +16,12 @@ from snd_nerfstudio.splatting import Gaussians
 
 @dataclass(frozen=True)
 class MVSplatReconstructor:
-    """A frozen MVSplat."""
+    """A frozen MVSplat.
+
+    The network is not indifferent to units: it adds an offset to inverse depths, and has learned how large it should
+    be. For another `near` than the one it was trained with, the scene is therefore scaled until its `near` is that one,
+    and the Gaussians are scaled back.
+    """
 
     network: MVSplat
     """In eval mode, without gradients."""
@@ -32,15 +38,13 @@ class MVSplatReconstructor:
             InputError: they cannot be matched (no baseline, looking in opposite directions), or are too small.
         """
         network = self.network.to(views.images.device)
-        near = views.images.new_full((1, len(views)), self.near)
-        gaussians = network(
-            views.images[None],
-            views.intrinsics[None],
-            views.camera_to_worlds[None],
-            near,
-            near.new_full(near.shape, self.far),
-        )
-        return gaussians.item(0)
+        scale = network.settings.near / self.near
+        poses = views.camera_to_worlds.clone()
+        poses[:, :3, 3] *= scale
+        near = views.images.new_full((1, len(views)), network.settings.near)
+        far = near.new_full(near.shape, self.far * scale)
+        gaussians = network(views.images[None], views.intrinsics[None], poses[None], near, far).item(0)
+        return replace(gaussians, means=gaussians.means / scale, scales=gaussians.scales / scale)
 
 
 def check_given(checkpoint: Optional[Path]) -> Path:
@@ -73,7 +77,7 @@ def load_reconstructor(checkpoint: Optional[Path], near: Optional[float], far: O
     network = MVSplat.from_checkpoint(check_given(checkpoint)).eval().requires_grad_(False)
     near = network.settings.near if near is None else near
     far = network.settings.far if far is None else far
-    if not 0 < near < far:
+    if not 0 < near < far < math.inf:
         raise InputError(
             f"--pipeline.datamanager.near {near:g} and --pipeline.datamanager.far {far:g}: 0 < near < far is needed."
         )

@@ -1,5 +1,6 @@
 """Sizes of the network, and what its depth means."""
 
+import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, Mapping
 
@@ -50,7 +51,7 @@ class MVSplatSettings(NetworkSizes):
     """Largest depth tried, world units, where a call does not say otherwise."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.near < self.far:
+        if not 0 < self.near < self.far < math.inf:
             raise InputError(
                 f"near {self.near:g} and far {self.far:g}: 0 < near < far is needed (--pipeline.datamanager.near, "
                 "--pipeline.datamanager.far)."
@@ -77,10 +78,15 @@ class MVSplatSettings(NetworkSizes):
             InputError: a setting is missing or unknown.
         """
         names = {field.name for field in fields(cls)}
-        if set(values) != names:
-            differing = ", ".join(sorted(set(values) ^ names))
-            raise InputError(f"{source} was written by another version of this program (settings: {differing}).")
-        return cls(**values)
+        if not isinstance(values, Mapping) or set(values) != names:
+            differing = sorted(set(values) ^ names) if isinstance(values, Mapping) else [type(values).__name__]
+            raise InputError(
+                f"{source} was written by another version of this program (settings: {', '.join(map(str, differing))})."
+            )
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise InputError(f"The settings in {source} make no sense ({error}).") from error
 
 
 RE10K = MVSplatSettings(geometry="official")

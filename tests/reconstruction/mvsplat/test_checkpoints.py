@@ -79,6 +79,60 @@ def test_names_are_the_released_ones(released_state):
     assert released_state.keys() == keys.keys()
 
 
+NAMES = {
+    "encoder.stem.weight": "backbone.backbone.conv1.weight",
+    "encoder.head.bias": "backbone.backbone.conv2.bias",
+    "encoder.stages.1.0.skip.bias": "backbone.backbone.layer2.0.downsample.0.bias",
+    "encoder.stages.2.1.conv2.weight": "backbone.backbone.layer3.1.conv2.weight",
+    "transformer.blocks.0.self_attention.query.weight": "backbone.transformer.layers.0.self_attn.q_proj.weight",
+    "transformer.blocks.1.self_attention.norm.bias": "backbone.transformer.layers.1.self_attn.norm1.bias",
+    "transformer.blocks.3.cross_attention.merge.weight": "backbone.transformer.layers.3.cross_attn_ffn.merge.weight",
+    "transformer.blocks.3.cross_attention.mlp.2.weight": "backbone.transformer.layers.3.cross_attn_ffn.mlp.2.weight",
+    "transformer.blocks.5.cross_attention.mlp_norm.weight": "backbone.transformer.layers.5.cross_attn_ffn.norm2.weight",
+    "depth.cost_refinement.norm.weight": "depth_predictor.corr_refine_net.1.weight",
+    "depth.cost_output.bias": "depth_predictor.corr_refine_net.4.bias",
+    "depth.cost_residual.weight": "depth_predictor.regressor_residual.weight",
+    "depth.depth_head.2.weight": "depth_predictor.depth_head_lowres.2.weight",
+    "depth.feature_upsampler.weight": "depth_predictor.upsampler.0.weight",
+    "depth.feature_projection.weight": "depth_predictor.proj_feature.weight",
+    "depth.depth_refinement.conv.weight": "depth_predictor.refine_unet.0.weight",
+    "depth.disparity_head.2.weight": "depth_predictor.to_disparity.2.weight",
+    "depth.gaussian_head.0.bias": "depth_predictor.to_gaussians.0.bias",
+}
+UNET_NAMES = {
+    "stem.weight": "input_blocks.0.0.weight",
+    "down.0.block.norm1.weight": "input_blocks.1.0.in_layers.1.weight",
+    "down.1.shrink.weight": "input_blocks.4.0.op.weight",
+    "down.2.block.conv2.bias": "input_blocks.5.0.out_layers.0.bias",
+    "down.2.attention.qkv.weight": "input_blocks.5.1.qkv.weight",
+    "middle.1.norm2.bias": "middle_block.2.out_layers.1.bias",
+    "up.0.blocks.0.conv1.weight": "output_blocks.0.0.in_layers.0.weight",
+    "up.0.blocks.1.skip.weight": "output_blocks.1.0.skip_connection.weight",
+    "up.0.attentions.0.norm.weight": "output_blocks.0.1.norm.weight",
+    "up.0.attentions.1.project.bias": "output_blocks.1.1.proj_out.bias",
+    "up.0.grow.weight": "output_blocks.1.2.conv.weight",
+    "up.1.grow.weight": "output_blocks.3.1.conv.weight",
+    "up.2.blocks.1.conv1.bias": "output_blocks.5.0.in_layers.0.bias",
+    "out.weight": "out.0.weight",
+    "out_norm.weight": "out.1.weight",
+}
+
+
+def test_names_are_translated_by_hand(released):
+    parameters = dict(released.named_parameters())
+    unet = {
+        f"depth.cost_refinement.unet.{ours}": f"depth_predictor.corr_refine_net.3.{theirs}"
+        for ours, theirs in UNET_NAMES.items()
+    }
+    names = {
+        **NAMES,
+        **unet,
+        "depth.depth_refinement.unet.stem.bias": "depth_predictor.refine_unet.3.input_blocks.0.0.bias",
+    }
+    assert names.keys() <= parameters.keys()
+    assert {ours: official_key(ours) for ours in names} == names
+
+
 def test_a_released_checkpoint_is_read_with_the_released_settings(released, released_file):
     assert released.settings == RE10K
     assert MVSplat.from_checkpoint(released_file, geometry="exact").settings == replace(RE10K, geometry="exact")
@@ -114,7 +168,11 @@ def test_weights_of_other_parts_are_left_alone(prefix, released, released_state,
     state.update({key: torch.ones(3) for key in others})
     state[prefix + "gaussian_adapter.sh_mask"] = torch.ones(25)
     torch.save({"state_dict": state}, tmp_path / "weights.ckpt")
-    assert_same_network(MVSplat.from_checkpoint(tmp_path / "weights.ckpt"), released)
+    loaded = MVSplat.from_checkpoint(tmp_path / "weights.ckpt")
+    assert_same_network(loaded, released)
+    assert set(loaded.checkpoint.unused) == {*others, prefix + "gaussian_adapter.sh_mask"}
+    assert loaded.checkpoint.used == 471
+    assert "weights.ckpt" in str(loaded.checkpoint) and "vit.student" in str(loaded.checkpoint)
 
 
 def test_safetensors_are_read_too(released, released_state, tmp_path):
@@ -207,6 +265,16 @@ def test_a_file_of_something_else_is_refused(tmp_path):
     refused(tmp_path / "list.ckpt", "list")
 
 
+@pytest.mark.parametrize(
+    "content",
+    [{0: torch.ones(2)}, {"state_dict": torch.ones(2)}, {"state_dict": None}, {"pipeline": None}, {"pipeline": [1]}],
+    ids=["numbered", "tensor", "none", "no pipeline", "list"],
+)
+def test_dictionaries_of_something_else_are_refused(content, tmp_path):
+    torch.save(content, tmp_path / "odd.ckpt")
+    refused(tmp_path / "odd.ckpt")
+
+
 class Trap:
     """Makes a folder when unpickled."""
 
@@ -217,12 +285,16 @@ class Trap:
         return os.mkdir, (self.path,)
 
 
-@pytest.mark.parametrize("dump", [torch.save, lambda content, path: path.write_bytes(pickle.dumps(content))])
-def test_code_in_a_file_is_not_run(dump, small_content, tmp_path):
+def test_code_in_a_file_is_not_run(small_content, tmp_path):
     sprung = tmp_path / "sprung"
-    dump({**small_content, "callbacks": Trap(str(sprung))}, tmp_path / "trap.ckpt")
-    refused(tmp_path / "trap.ckpt", "can run code")
+    trap = {**small_content, "callbacks": Trap(str(sprung))}
+    torch.save(trap, tmp_path / "trap.ckpt")
+    refused(tmp_path / "trap.ckpt", "can run code", "mkdir")
+    (tmp_path / "bare.ckpt").write_bytes(pickle.dumps(trap, protocol=2))
+    refused(tmp_path / "bare.ckpt")
     assert not sprung.exists()
+    torch.load(tmp_path / "trap.ckpt", weights_only=False)
+    assert sprung.exists()  # it was a trap
 
 
 def test_a_path_that_cannot_be_written_is_one_error_and_leaves_nothing(small, tmp_path):
@@ -241,7 +313,6 @@ def test_a_run_is_read_from_its_folder_its_config_and_its_newest_checkpoint(pref
     folder.mkdir()
     (tmp_path / "config.yml").touch()
     pipeline = {f"{prefix}{key}": value for key, value in small.state_dict().items()}
-    pipeline["_model.device_indicator_param"] = torch.empty(0)
     for step, change in ((20, 0.0), (3, 1.0)):
         state = {key: value + change if isinstance(value, torch.Tensor) else value for key, value in pipeline.items()}
         torch.save({"step": step, "pipeline": state, "optimizers": {}}, folder / f"step-{step:09d}.ckpt")
@@ -254,9 +325,35 @@ def test_a_run_of_another_method_or_with_a_weight_missing_is_refused(small, tmp_
     torch.save({"step": 1, "pipeline": {"_model.field.weight": torch.ones(2)}}, tmp_path / "other.ckpt")
     refused(tmp_path / "other.ckpt", "ns-train mvsplat")
     pipeline = {f"_model.network.{key}": value for key, value in small.state_dict().items()}
+    torch.save({"step": 1, "pipeline": {**pipeline, "_model.head.weight": torch.ones(2)}}, tmp_path / "more.ckpt")
+    refused(tmp_path / "more.ckpt", "_model.head.weight")
     del pipeline["_model.network.encoder.stem.weight"]
     torch.save({"step": 1, "pipeline": pipeline}, tmp_path / "cut.ckpt")
     refused(tmp_path / "cut.ckpt", "missing encoder.stem.weight")
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (torch.full((2, 64, 3, 3), torch.nan), "NaN"),
+        (torch.ones(2, 64, 3, 3, dtype=torch.long), "int64"),
+        (3.0, "float"),
+    ],
+    ids=["nan", "integers", "a number"],
+)
+def test_weights_that_are_no_finite_numbers_are_named(value, words, small_content, tmp_path):
+    small_content["state_dict"][KEY] = value
+    torch.save(small_content, tmp_path / "bad.ckpt")
+    refused(tmp_path / "bad.ckpt", "depth_predictor.to_disparity.2.weight", words)
+
+
+def test_weights_of_half_precision_are_taken_over(small, small_content, tmp_path):
+    state = {key: value.half() for key, value in small_content["state_dict"].items()}
+    torch.save({**small_content, "state_dict": state}, tmp_path / "half.ckpt")
+    loaded = MVSplat.from_checkpoint(tmp_path / "half.ckpt")
+    for (name, ours), expected in zip(loaded.named_parameters(), small.parameters(), strict=True):
+        assert ours.dtype == torch.float32, name
+        torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_resuming_takes_over_near_and_far_and_refuses_other_settings(small):

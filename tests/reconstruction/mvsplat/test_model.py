@@ -9,7 +9,11 @@ from snd_nerfstudio.errors import InputError
 from snd_nerfstudio.reconstruction.mvsplat import MVSplat, MVSplatSettings, cost_volume
 from snd_nerfstudio.reconstruction.mvsplat.checks import DegeneratePairError
 from snd_nerfstudio.reconstruction.mvsplat.depth import enlarge
-from snd_nerfstudio.reconstruction.mvsplat.outputs import multiply_quaternions, rotations_to_quaternions
+from snd_nerfstudio.reconstruction.mvsplat.outputs import (
+    multiply_quaternions,
+    rotations_to_quaternions,
+    to_gaussians,
+)
 from snd_nerfstudio.splatting.gaussians import rotation_matrices
 
 SMALL = MVSplatSettings(
@@ -127,11 +131,33 @@ def test_scales_are_between_the_smallest_and_the_largest_at_their_depth():
         gaussians = network()(images, intrinsics, poses)
     pixel = 0.1 * (1 / intrinsics[..., 0, 0] + 1 / intrinsics[..., 1, 1])
     span = gaussians.scales.unflatten(1, (2, -1)) / (gaussians.depths.flatten(2) * pixel[..., None])[..., None]
-    assert 0.5 <= span.min() < 4 and 10 < span.max() <= 15
+    assert 0.5 - 1e-4 <= span.min() < 2 and 12 < span.max() <= 15 + 1e-3
     covariance = gaussians.covariances()
     torch.testing.assert_close(
         covariance.diagonal(dim1=-2, dim2=-1).sum(-1), gaussians.scales.square().sum(-1), rtol=1e-4, atol=1e-9
     )
+
+
+def test_raw_parameters_become_a_gaussian_by_hand():
+    settings = replace(SMALL, harmonics=9)
+    offset = torch.tensor([0.75, 0.5]).logit()
+    scale = torch.tensor([0.5, 0.25, 0.75]).logit()
+    quaternion = torch.tensor([0.0, 0.0, 3.0, 3.0])  # x, y, z, w: a quarter turn about z
+    raw = torch.cat([offset, scale, quaternion, torch.ones(27)])[None, None, :, None, None]
+    intrinsics = torch.tensor([[10.0, 0, 0.5], [0, 20.0, 0.5], [0, 0, 1]])[None, None]
+    pose = torch.eye(4)[None, None].clone()
+    pose[..., :3, 3] = torch.tensor([1.0, 2.0, 3.0])
+    depth = torch.full((1, 1, 1, 1), 2.0)
+    gaussians = to_gaussians(raw, depth, depth / 4, intrinsics, pose, settings)
+    # the point (0.75, 0.5) is a quarter of a pixel right of the principal point: x = 0.25 / 10 * 2
+    torch.testing.assert_close(gaussians.means[0, 0], torch.tensor([1.05, 2.0, 5.0]))
+    # 0.5 + 14.5 times 0.5, 0.25 and 0.75 tenths of the sum of 2 / 10 and 2 / 20
+    torch.testing.assert_close(gaussians.scales[0, 0], torch.tensor([0.2325, 0.12375, 0.34125]))
+    expected = torch.diag(torch.tensor([0.12375, 0.2325, 0.34125]).square())
+    torch.testing.assert_close(gaussians.covariances()[0, 0], expected, rtol=1e-5, atol=1e-8)
+    assert gaussians.opacities.item() == 0.5
+    weakened = torch.tensor([1.0, *[0.025] * 3, *[0.00625] * 5])
+    torch.testing.assert_close(gaussians.harmonics[0, 0], weakened.expand(3, 9))
 
 
 def test_items_of_a_batch_do_not_see_each_other():
@@ -186,14 +212,17 @@ def test_outputs_are_float32_under_autocast():
 def test_a_fresh_network_starts_with_the_depth_of_the_plane_sweep_and_half_opacity():
     torch.manual_seed(0)
     fresh = MVSplat(SMALL).eval()
-    volumes = []
-    fresh.depth.cost_refinement.register_forward_pre_hook(lambda _module, given: volumes.append(given[0]))
+    seen = []
+    for refinement in (fresh.depth.cost_refinement, fresh.depth.depth_refinement):
+        refinement.register_forward_pre_hook(lambda _module, given: seen.append(given[0]))
     with torch.no_grad():
         gaussians = fresh(*inputs())
-        likely = volumes[0][:, :8].softmax(dim=1)
+        likely = seen[0][:, :8].softmax(dim=1)
         disparity = (likely * torch.linspace(1 / 20, 1 / 0.5, 8)[:, None, None]).sum(dim=1, keepdim=True)
     torch.testing.assert_close(1 / gaussians.depths[0], enlarge(disparity, "exact")[:, 0], rtol=0, atol=1e-5)
     assert disparity.std() > 0.01
+    certainty = likely.amax(dim=1).repeat_interleave(4, dim=1).repeat_interleave(4, dim=2)
+    torch.testing.assert_close(seen[1][:, -1], certainty, rtol=0, atol=1e-5)
     assert torch.equal(gaussians.opacities, torch.full_like(gaussians.opacities, 0.5))
 
 
@@ -277,7 +306,11 @@ def mirrored(poses):
         ({"camera_to_world": put((0, 1, 0, 3), math.nan)}, InputError, "poses.*NaN.*check"),
         ({"intrinsics": put((0, 0, 0, 0), math.nan)}, InputError, "intrinsics.*NaN.*check"),
         ({"intrinsics": put((0, 0, 0, 0), -20.0)}, InputError, "focal length.*check"),
-        ({"images": put((0, 0, 0, 0, 0), math.inf)}, InputError, "images.*NaN or infinite.*check"),
+        ({"intrinsics": lambda x: x / torch.tensor([48.0, 32.0, 1.0])[:, None]}, InputError, "normalised.*in pixels"),
+        ({"intrinsics": put((0, 0, 2), torch.zeros(3))}, InputError, "last row.*check"),
+        ({"camera_to_world": put((0, 0, 3), torch.zeros(4))}, InputError, "last row.*[Cc]heck"),
+        ({"images": put((0, 0, 0, 0, 0), math.nan)}, InputError, "images.*NaN or infinite.*check"),
+        ({"images": lambda x: x * 255}, InputError, "divide 8-bit colours by 255"),
         ({"near": put((0, 1), 20.0)}, InputError, "near.*--pipeline.datamanager.near"),
         ({"near": put((0, 1), 30.0)}, InputError, "near.*--pipeline.datamanager.near"),
         ({"near": put((0, 0), 0.0)}, InputError, "near.*--pipeline.datamanager.near"),
