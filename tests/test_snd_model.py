@@ -170,12 +170,11 @@ def test_the_teachers_dropout_of_the_official_profile_is_for_training_alone(tiny
 
 def test_a_checkpoint_holds_only_what_was_trained(pipeline):
     state = pipeline.state_dict()
-    assert all(
-        key.startswith(("_model.student.", "_model.teacher.")) or key == "_model.base_fingerprint" for key in state
-    )
+    fingerprints = {"_model.base_fingerprint", "reconstructor_fingerprint"}
+    assert all(key.startswith(("_model.student.", "_model.teacher.")) or key in fingerprints for key in state)
     assert not any("base_layer" in key or "pos_embed" in key for key in state)
     trained = sum(p.numel() for p in pipeline.model.student.parameters() if p.requires_grad)
-    assert sum(value.numel() for value in state.values()) == 2 * trained + 32
+    assert sum(value.numel() for value in state.values()) == 2 * trained + 32 + 32
 
 
 def test_a_checkpoint_comes_back_exactly(tiny_config):

@@ -66,7 +66,7 @@ def target(rooms: Path) -> np.ndarray:
     from snd_nerfstudio.profiles import resolve
     from snd_nerfstudio.snd_datamanager import SnDDataManagerConfig
 
-    config = resolve(SnDDataManagerConfig(data=rooms, image_size=(HEIGHT, WIDTH)), "fixed")
+    config = resolve(SnDDataManagerConfig(data=rooms, image_size=(HEIGHT, WIDTH), reconstructor="depth"), "fixed")
     image = config.setup(device="cpu").shown_triplet.target.images[0]
     return (image.permute(1, 2, 0).numpy() * 255).astype(np.uint8)
 
