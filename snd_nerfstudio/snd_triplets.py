@@ -65,9 +65,9 @@ class TripletDataManagerConfig(DataManagerConfig):
     """Instance masks: the dataset's own, or none (plain bilinear lifting, no blending)."""
     near: Optional[float] = None
     """Smallest depth that MVSplat looks for, world units. None: of the dataset, if `bounds` is scene, or else what the
-    weights were trained with (released and random ones: 1)."""
+    weights were trained with (released ones: 1; random ones: --pipeline.model.depth-range)."""
     far: Optional[float] = None
-    """Largest depth that MVSplat looks for, world units. None: as for near (released and random ones: 100)."""
+    """Largest depth that MVSplat looks for, world units. None: as for near (released ones: 100)."""
     bounds: Literal["checkpoint", "scene"] = "checkpoint"
     """Where near and far come from if they are not given: `scene` reads them off the dataset's depth maps."""
     triplets_per_step: int = 1
