@@ -10,15 +10,8 @@ together, which other programs disturb less; memory is measured in a process for
 changes neither.
 """
 
-import json
 import math
-import os
-import platform
-import resource
 import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -26,11 +19,11 @@ from pathlib import Path
 from typing import Any, Literal, Optional
 from unittest.mock import patch
 
-import numpy
 import torch
 import torch.nn.functional as F
 import tyro
 from einops import rearrange
+from measuring import Seconds, added_memory, described, machine, timed, write_json
 from torch import Tensor
 
 from snd_nerfstudio.reconstruction.mvsplat import MVSplat, MVSplatSettings, PixelGaussians, depth, features, unet
@@ -57,8 +50,6 @@ class ReconstructionBenchmark:
     """Measure memory too, in a process for each version."""
     json: Optional[Path] = None
     """File for the numbers."""
-    only: Optional[Version] = None
-    """Measure the memory of one version in this process (what the processes for memory are started with)."""
 
 
 def whole_volume(reference: Tensor, source: Tensor, grid: Tensor) -> Tensor:
@@ -138,32 +129,6 @@ def make_inputs(height: int, width: int) -> tuple[Tensor, ...]:
     return images, intrinsics.expand(1, 2, 3, 3), poses
 
 
-def timed(run: Callable[[], PixelGaussians]) -> tuple[dict[str, float], PixelGaussians]:
-    """Seconds of a run by the clock and of all cores together, and what it gave."""
-    wall, cpu = time.perf_counter(), time.process_time()
-    gaussians = run()
-    return {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}, gaussians
-
-
-def status(field: str) -> int:
-    """A field of /proc/self/status, bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith(field)).split()[1])
-
-
-def peak_memory(run: Callable[[], PixelGaussians]) -> int:
-    """The most that a run adds to this process's memory, bytes."""
-    if not Path("/proc/self/status").exists():
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        run()
-        unit = 1 if sys.platform == "darwin" else 1024
-        return unit * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    before = status("VmRSS")
-    run()
-    return status("VmHWM") - before
-
-
 def agreement(ours: PixelGaussians, theirs: PixelGaussians) -> dict[str, float]:
     """The largest differences; what grows with depth is divided by what it grows with."""
     depths = theirs.depths.flatten(1)
@@ -172,19 +137,6 @@ def agreement(ours: PixelGaussians, theirs: PixelGaussians) -> dict[str, float]:
         "means / depth^2": float(((ours.means - theirs.means).norm(dim=-1) / depths.square()).max()),
         "opacities": float((ours.opacities - theirs.opacities).abs().max()),
         "harmonics": float((ours.harmonics - theirs.harmonics).abs().max()),
-    }
-
-
-def machine() -> dict[str, str]:
-    """Where this runs."""
-    cpus = Path("/proc/cpuinfo")
-    names = [line for line in cpus.read_text().splitlines() if line.startswith("model name")] if cpus.exists() else []
-    return {
-        "cpu": names[0].split(":", 1)[1].strip() if names else platform.processor(),
-        "cores": f"{os.cpu_count()}, torch uses {torch.get_num_threads()}",
-        "torch": torch.__version__,
-        "numpy": numpy.__version__,
-        "python": platform.python_version(),
     }
 
 
@@ -206,7 +158,7 @@ def measure(config: ReconstructionBenchmark) -> dict[str, Any]:
     for _ in range(config.warmups):
         for run in runs.values():
             run()
-    times: dict[str, list[dict[str, float]]] = {name: [] for name in VERSIONS}
+    times: dict[str, list[Seconds]] = {name: [] for name in VERSIONS}
     given: dict[str, PixelGaussians] = {}
     for _ in range(config.repeats):
         for name, run in runs.items():
@@ -214,15 +166,15 @@ def measure(config: ReconstructionBenchmark) -> dict[str, Any]:
             times[name].append(seconds)
     results: dict[str, Any] = {
         "machine": machine(),
-        "settings": {key: value for key, value in asdict(config).items() if key not in ("json", "only")},
+        "settings": {key: value for key, value in asdict(config).items() if key != "json"},
         "agreement": agreement(given["ours"], given["straightforward"]),
     }
     runs.clear()
     given.clear()
     for name, taken in times.items():
-        results[name] = {clock: summary([seconds[clock] for seconds in taken]) for clock in ("wall", "cpu")}
+        results[name] = {clock: summary([getattr(seconds, clock) for seconds in taken]) for clock in ("wall", "cpu")}
         if config.memory:
-            results[name]["peak bytes"] = memory_of(name, config)
+            results[name]["peak bytes"] = added_memory(runner, name, config)
     return results
 
 
@@ -231,20 +183,10 @@ def summary(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "least": min(values), "most": max(values)}
 
 
-def memory_of(name: str, config: ReconstructionBenchmark) -> int:
-    """Peak memory of one version, in a process of its own."""
-    size = [f"--{key}={getattr(config, key)}" for key in ("height", "width", "candidates")]
-    command = [sys.executable, __file__, *size, "--only", name]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
-
-
 def main(config: ReconstructionBenchmark) -> None:
     """Measure and print."""
-    if config.only is not None:
-        print(peak_memory(runner(config.only, config)))
-        return
     results = measure(config)
-    print(", ".join(f"{key} {value}" for key, value in results["machine"].items()))
+    print(described(results["machine"]))
     print(
         f"two views of {config.height}x{config.width}, {config.candidates} depths, {config.repeats} runs each in turns"
     )
@@ -258,7 +200,7 @@ def main(config: ReconstructionBenchmark) -> None:
         print(f"{name:16s} {', '.join([*clocks, *peak])}")
     print("largest differences: " + ", ".join(f"{key} {value:.1e}" for key, value in results["agreement"].items()))
     if config.json is not None:
-        config.json.write_text(json.dumps(results, indent=1) + "\n")
+        write_json(config.json, results)
 
 
 if __name__ == "__main__":

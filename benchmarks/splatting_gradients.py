@@ -9,17 +9,14 @@ a list of hits; the time it takes to list them is given apart.
 """
 
 import argparse
-import json
 import math
-import os
-import platform
-import statistics
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import numba
 import torch
+from measuring import described, machine, print_table, quartiles, with_spread, write_json
 from torch import Tensor
 
 from snd_nerfstudio.splatting import Gaussians, PinholeCamera, Splatted, rasterize
@@ -91,27 +88,6 @@ def run(route: str, scene: tuple[Gaussians, PinholeCamera, Tensor]) -> tuple[dic
     return {part: 1e3 * value for part, value in seconds.items()}, list(gradients)
 
 
-def machine() -> dict[str, str | int]:
-    """What the figures depend on."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return {
-        "cpu": models[0] if models else platform.processor() or platform.machine(),
-        "cores": os.cpu_count() or 0,
-        "numba threads": numba.get_num_threads(),
-        "torch threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numba": numba.__version__,
-    }
-
-
-def quartiles(values: list[float]) -> list[float]:
-    """First quartile, median and third quartile."""
-    return [round(value, 2) for value in statistics.quantiles(values, n=4, method="inclusive")]
-
-
 def measure(rounds: int) -> dict:
     """Run both routes in turn and sum up: times in milliseconds as quartiles, ratios, and how well gradients agree."""
     scene = pixel_aligned_scene()
@@ -128,7 +104,7 @@ def measure(rounds: int) -> dict:
     table = {route: {part: quartiles([row[part] for row in rows]) for part in parts} for route, rows in times.items()}
     pairs = list(zip(times["numba"], times["torch"]))
     return {
-        "machine": machine(),
+        "machine": machine(**{"numba threads": numba.get_num_threads(), "numba": numba.__version__}),
         "scene": {
             "height": HEIGHT,
             "width": WIDTH,
@@ -147,16 +123,15 @@ def measure(rounds: int) -> dict:
 
 def show(results: dict) -> None:
     """Print the results as a table: medians, with quartiles in brackets."""
-    print(", ".join(f"{name} {value}" for name, value in results["machine"].items()))
-    print(", ".join(f"{name} {value}" for name, value in results["scene"].items()) + f", rounds {results['rounds']}")
-    parts = list(results["milliseconds"]["numba"])
-    print(f"{'ms':8}" + "".join(f"{part:>24}" for part in parts))
-    for route, row in results["milliseconds"].items():
-        cells = [f"{middle:.1f} [{low:.1f}, {high:.1f}]" for low, middle, high in row.values()]
-        print(f"{route:8}" + "".join(f"{cell:>24}" for cell in cells))
+    print(described(results["machine"]))
+    print(f"{described(results['scene'])}, rounds {results['rounds']}")
+    rows = results["milliseconds"]
+    print_table(
+        ["ms", *rows["numba"]],
+        [[route, *(with_spread(part, 1) for part in row.values())] for route, row in rows.items()],
+    )
     for name in ("numba / torch", "numba / torch, hits given"):
-        low, middle, high = results[name]
-        print(f"{name}: {middle:.2f} [{low:.2f}, {high:.2f}]")
+        print(f"{name}: {with_spread(results[name])}")
     differences = results["relative difference of gradients"].items()
     print("relative difference of gradients: " + ", ".join(f"{name} {value:.1e}" for name, value in differences))
 
@@ -169,7 +144,7 @@ def main() -> None:
     results = measure(arguments.rounds)
     show(results)
     if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=2) + "\n")
+        write_json(arguments.json, results)
 
 
 if __name__ == "__main__":

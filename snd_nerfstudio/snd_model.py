@@ -16,7 +16,12 @@ from snd_nerfstudio.backbones.lora import LoRASettings, add_adapters, merged
 from snd_nerfstudio.backbones.vit import TokenBackbone, build_backbone, fingerprint
 from snd_nerfstudio.distillation.ema import EMATeacher
 from snd_nerfstudio.distillation.head import DINOHead, HeadSettings
-from snd_nerfstudio.distillation.losses import cosine_similarity, prototype_loss
+from snd_nerfstudio.distillation.losses import (
+    PrototypeLoss,
+    cosine_similarity,
+    prototype_cross_entropy,
+    quadratic_cross_entropy,
+)
 from snd_nerfstudio.errors import InputError
 from snd_nerfstudio.reconstruction.quality import splat_colours
 from snd_nerfstudio.scenes.views import ViewTriplet
@@ -163,6 +168,10 @@ class SnDModel(Model):
             raise InputError(f"--pipeline.model.ema-every {config.ema_every} must be at least 1.")
         if config.student_temperature <= 0 or config.teacher_temperature <= 0:
             raise InputError("--pipeline.model.student-temperature and teacher-temperature must be positive.")
+        if config.head.form not in ("exact", "quadratic"):
+            raise InputError(f"--pipeline.model.head.form {config.head.form} is neither exact nor quadratic.")
+        if config.head.max_logits < 1:
+            raise InputError(f"--pipeline.model.head.max-logits {config.head.max_logits} must be at least 1.")
         if not 0 <= config.supervision.blending <= 1:
             raise InputError(f"--pipeline.model.supervision.blending {config.supervision.blending} is not in [0, 1].")
 
@@ -249,19 +258,21 @@ class SnDModel(Model):
             return {"loss": 1 - cosine, **outputs}
         if self.config.loss == "mse":
             return {"loss": (predicted.float() - wanted.float()).square().mean(), **outputs}
+        loss = self._prototype_loss(predicted, wanted)
+        return {"loss": loss.cross_entropy, "kl": loss.kl, "teacher_entropy": loss.teacher_entropy, **outputs}
+
+    def _prototype_loss(self, predicted: Float[Tensor, "n c"], wanted: Float[Tensor, "n c"]) -> PrototypeLoss:
+        config = self.config
         assert self.student.head is not None
-        loss = prototype_loss(
-            self.student.head(predicted),
-            self.teacher.call(self.student, "head", wanted),
-            self.config.student_temperature,
-            self.config.teacher_temperature,
-        )
-        return {
-            "loss": loss.cross_entropy,
-            "kl": loss.kl,
-            "teacher_entropy": loss.teacher_entropy.detach(),
-            **outputs,
+        student = self.student.head.parts(predicted)
+        teacher = self.teacher.call(self.student, "head", wanted, method="parts")
+        temperatures = {
+            "student_temperature": config.student_temperature,
+            "teacher_temperature": config.teacher_temperature,
         }
+        if config.head.form == "quadratic":
+            return quadratic_cross_entropy(*student, *teacher, **temperatures)
+        return prototype_cross_entropy(*student, *teacher, **temperatures, max_logits=config.head.max_logits)
 
     def update_teacher(self) -> None:
         """One EMA step (paper section 3.5)."""

@@ -5,6 +5,7 @@ import pytest
 import torch
 from nerfstudio.cameras.cameras import Cameras
 
+from snd_nerfstudio.distillation.head import DINOHead
 from snd_nerfstudio.errors import InputError
 from snd_nerfstudio.scenes.rooms import RoomsConfig, generate_rooms
 from snd_nerfstudio.snd_pipeline import SnDPipeline
@@ -97,6 +98,35 @@ def test_the_losses_without_a_head(tiny_config, loss):
     if loss == "cosine":
         assert float(losses["distillation"]) == pytest.approx(1 - float(metrics["cosine"]), abs=1e-6)
     losses["distillation"].backward()
+
+
+def test_the_head_s_quadratic_form_and_its_chunks_give_nearly_the_exact_loss_and_gradient(tiny_config, monkeypatch):
+    def all_logits(*_):
+        raise AssertionError("no form needs all logits at once")
+
+    monkeypatch.setattr(DINOHead, "forward", all_logits)
+    losses, gradients = {}, {}
+    for form, max_logits in (("exact", 2**24), ("exact", 1000), ("quadratic", 2**24)):
+        config = copy.deepcopy(tiny_config)
+        config.pipeline.model.head.form, config.pipeline.model.head.max_logits = form, max_logits
+        config.pipeline.model.student_temperature = config.pipeline.model.teacher_temperature = 1.0
+        pipeline = config.pipeline.setup(device="cpu")
+        _, loss, metrics = step(pipeline)
+        loss["distillation"].backward()
+        losses[form, max_logits] = torch.stack(
+            [loss["distillation"].detach(), metrics["kl"], metrics["teacher_entropy"]]
+        )
+        groups = pipeline.get_param_groups()
+        gradients[form, max_logits] = {
+            name: torch.cat([p.grad.flatten() for p in group]) for name, group in groups.items()
+        }
+    exact = ("exact", 2**24)
+    torch.testing.assert_close(losses["exact", 1000], losses[exact], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(losses["quadratic", 2**24], losses[exact], rtol=0.02, atol=1e-5)
+    assert float(losses["quadratic", 2**24][0]) == pytest.approx(float(losses[exact][0]), abs=1e-4)
+    for name, expected in gradients[exact].items():
+        torch.testing.assert_close(gradients["exact", 1000][name], expected, rtol=1e-3, atol=1e-6)
+        assert torch.cosine_similarity(gradients["quadratic", 2**24][name], expected, dim=0) > 0.999, name
 
 
 @pytest.mark.parametrize("profile", ["fixed", "paper", "official"])
@@ -322,6 +352,8 @@ def test_on_rooms_a_view_splatted_onto_itself_returns_the_teachers_tokens(tiny_c
         (lambda c: setattr(c.model, "ema_momentum", 1.5), "ema-momentum"),
         (lambda c: setattr(c.model, "ema_every", 0), "ema-every"),
         (lambda c: setattr(c.model, "teacher_temperature", 0.0), "temperature"),
+        (lambda c: setattr(c.model.head, "form", "cubic"), "head.form cubic"),
+        (lambda c: setattr(c.model.head, "max_logits", 0), "head.max-logits 0"),
         (lambda c: setattr(c.model.supervision, "blending", 2.0), "blending"),
         (lambda c: setattr(c.datamanager, "max_context_gap", 3), "max-context-gap"),
     ],

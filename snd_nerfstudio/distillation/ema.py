@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +50,9 @@ class EMATeacher(nn.Module):
         torch._foreach_lerp_(shadow, current, 1 - momentum)
 
     @torch.no_grad()
-    def call(self, student: nn.Module, submodule: str, inputs: Tensor, dropout: bool = False) -> Tensor:
+    def call(
+        self, student: nn.Module, submodule: str, inputs: Tensor, dropout: bool = False, method: str = "forward"
+    ) -> Any:
         """Run one of the student's submodules with the teacher's values in place of the student's.
 
         Args:
@@ -57,10 +60,24 @@ class EMATeacher(nn.Module):
             submodule: name of its child to run.
             inputs: of the child.
             dropout: leave dropout on (the released code forgot to switch it off); off otherwise.
+            method: which of its methods.
         """
         module = student.get_submodule(submodule)
+        values = {f"module.{name}": value for name, value in self.values(submodule).items()}
         with _uninterrupted(), _mode(module, training=dropout):
-            return functional_call(module, self.values(submodule), (inputs,))
+            return functional_call(_Method(module, method), values, (inputs,))
+
+
+class _Method(nn.Module):
+    """A method as a module, because parameters can only be swapped for a call of a module."""
+
+    def __init__(self, module: nn.Module, method: str) -> None:
+        super().__init__()
+        self.module = module
+        self.method = method
+
+    def forward(self, inputs: Tensor) -> Any:
+        return getattr(self.module, self.method)(inputs)
 
 
 def _buffer_name(parameter: str) -> str:

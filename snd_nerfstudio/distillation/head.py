@@ -1,16 +1,19 @@
 """The DINO head: tokens to logits over prototypes."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from snd_nerfstudio.distillation.losses import MAX_LOGITS
+
 
 @dataclass
 class HeadSettings:
-    """Shape of the DINO head (paper appendix A.3)."""
+    """Shape of the DINO head (paper appendix A.3), and how its loss is computed."""
 
     layers: int = 3
     """Linear layers before the prototypes."""
@@ -20,6 +23,10 @@ class HeadSettings:
     """Width of the last layer before the prototypes."""
     prototypes: int = 65536
     """How many prototypes."""
+    form: Literal["exact", "quadratic"] = "exact"
+    """The loss itself, or its second-order approximation: close at temperature 1, and it needs no logits."""
+    max_logits: int = MAX_LOGITS
+    """With `form exact`: logits of the student, and of the teacher, to hold at once; changes memory, not the loss."""
 
 
 class Prototypes(nn.Module):
@@ -36,9 +43,15 @@ class Prototypes(nn.Module):
         self.weight_v = nn.Parameter(torch.empty(prototypes, channels))
         nn.init.trunc_normal_(self.weight_v, std=0.02)
 
+    def matrix(self) -> Float[Tensor, "k c"]:
+        """The prototypes, ``g_k v_k / |v_k|``."""
+        # one product of this size and not two: autograd keeps what it multiplies
+        length = self.weight_v.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+        return self.weight_v * (self.weight_g / length)
+
     def forward(self, x: Float[Tensor, "... c"]) -> Float[Tensor, "... k"]:
         """Logits over the prototypes."""
-        return F.linear(x, self.weight_g * F.normalize(self.weight_v, dim=-1))
+        return F.linear(x, self.matrix())
 
 
 class DINOHead(nn.Module):
@@ -64,6 +77,15 @@ class DINOHead(nn.Module):
                 nn.init.zeros_(module.bias)
         self.last_layer = Prototypes(settings.bottleneck, settings.prototypes)
 
+    def features(self, tokens: Float[Tensor, "... c"]) -> Float[Tensor, "... d"]:
+        """What is compared with the prototypes: vectors of length 1, float32 or better."""
+        narrow = self.mlp(tokens)
+        return F.normalize(narrow.to(torch.promote_types(narrow.dtype, torch.float32)), dim=-1)
+
+    def parts(self, tokens: Float[Tensor, "... c"]) -> tuple[Float[Tensor, "... d"], Float[Tensor, "k d"]]:
+        """Features and prototypes, whose products are the logits: for losses that do not want all of them at once."""
+        return self.features(tokens), self.last_layer.matrix()
+
     def forward(self, tokens: Float[Tensor, "... c"]) -> Float[Tensor, "... k"]:
         """Logits; cosines to the prototypes as long as ``weight_g`` is 1."""
-        return self.last_layer(F.normalize(self.mlp(tokens), dim=-1))
+        return self.last_layer(self.features(tokens))

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from snd_nerfstudio.distillation.ema import EMATeacher
+from snd_nerfstudio.distillation.head import DINOHead, HeadSettings
 
 
 class Pair(nn.Module):
@@ -46,6 +47,20 @@ def test_the_teacher_runs_with_its_own_values_and_the_student_s_frozen_ones():
         student.backbone[0].weight += 1.0
     torch.testing.assert_close(teacher.call(student, "backbone", x), expected)
     assert not torch.allclose(student.backbone(x), expected)
+
+
+def test_the_teacher_can_run_any_method_of_a_submodule_with_its_own_values():
+    student = nn.Module()
+    student.head = DINOHead(12, HeadSettings(hidden=16, bottleneck=8, prototypes=20))
+    teacher = EMATeacher(student)
+    x = torch.randn(5, 12)
+    expected = [part.detach() for part in student.head.parts(x)]
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter += 1.0
+    for found, value in zip(teacher.call(student, "head", x, method="parts"), expected, strict=True):
+        assert torch.equal(found, value) and not found.requires_grad
+    assert not torch.allclose(student.head.parts(x)[1], expected[1], atol=1e-2)
 
 
 def test_the_teacher_has_no_dropout_unless_asked_and_leaves_the_student_s_mode_alone():

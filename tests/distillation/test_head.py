@@ -26,3 +26,22 @@ def test_a_zero_token_gives_equal_logits_and_the_log_of_the_number_of_prototypes
     logits = head(torch.zeros(1, 12))
     assert torch.equal(logits, torch.zeros(1, 20))
     assert math.isclose(float(-torch.log_softmax(logits, -1)[0, 0]), math.log(20), rel_tol=1e-6)
+
+
+def test_a_head_s_logits_are_the_products_of_its_two_parts():
+    torch.manual_seed(0)
+    head = DINOHead(12, HeadSettings(hidden=16, bottleneck=8, prototypes=20))
+    torch.nn.init.uniform_(head.last_layer.weight_g, 0.5, 2.0)
+    tokens = torch.randn(2, 5, 12)
+    features, prototypes = head.parts(tokens)
+    torch.testing.assert_close(features.norm(dim=-1), torch.ones(2, 5))
+    torch.testing.assert_close(prototypes.norm(dim=-1, keepdim=True), head.last_layer.weight_g)
+    torch.testing.assert_close(features @ prototypes.T, head(tokens))
+
+
+def test_features_have_length_one_in_float32_under_autocast_too():
+    head = DINOHead(12, HeadSettings(hidden=16, bottleneck=8, prototypes=20))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        features, prototypes = head.parts(torch.randn(5, 12))
+    assert features.dtype == prototypes.dtype == torch.float32
+    torch.testing.assert_close(features.norm(dim=-1), torch.ones(5))

@@ -1,10 +1,18 @@
 import math
+from collections import Counter
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from snd_nerfstudio.distillation.head import DINOHead, HeadSettings
-from snd_nerfstudio.distillation.losses import cosine_similarity, prototype_loss
+from snd_nerfstudio.distillation.losses import (
+    cosine_similarity,
+    prototype_cross_entropy,
+    prototype_loss,
+    quadratic_cross_entropy,
+)
 
 
 def test_two_prototypes_by_hand():
@@ -81,3 +89,245 @@ def test_head_loss_and_gradients_match_the_released_code(golden, case, channels,
 def test_cosine_similarity_by_hand():
     a, b = torch.tensor([[1.0, 0.0], [1.0, 1.0]]), torch.tensor([[0.0, 2.0], [3.0, 3.0]])
     torch.testing.assert_close(cosine_similarity(a, b), torch.tensor([0.0, 1.0]))
+
+
+# ---------------------------------------------------------------------- in chunks
+
+
+class Watched(TorchDispatchMode):
+    """Notes every operation, and the largest piece of memory that any of them returned (in elements)."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations, self.largest = Counter(), 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.operations[func.overloadpacket.__name__] += 1
+        for tensor in result if isinstance(result, tuple) else (result,):
+            if isinstance(tensor, torch.Tensor):
+                self.largest = max(self.largest, tensor.untyped_storage().nbytes() // tensor.element_size())
+        return result
+
+
+def unit_rows(count, width, dtype=torch.float64):
+    return F.normalize(torch.randn(count, width, dtype=dtype), dim=-1)
+
+
+def features_and_prototypes(n=11, k=23, d=6, noise=0.3, dtype=torch.float64):
+    """Student's features and prototypes, as leaves, and teacher's, which are a little different."""
+    torch.manual_seed(0)
+    student = unit_rows(n, d, dtype), unit_rows(k, d, dtype)
+    teacher = [F.normalize(part + noise * torch.randn_like(part) / d**0.5, dim=-1) for part in student]
+    return *(part.requires_grad_() for part in student), *teacher
+
+
+def plain(features, prototypes, teacher_features, teacher_prototypes, *temperatures):
+    return prototype_loss(features @ prototypes.T, teacher_features @ teacher_prototypes.T, *temperatures)
+
+
+def gradients(loss, parts):
+    return torch.autograd.grad(loss.cross_entropy, parts[:2])
+
+
+def values(loss):
+    return torch.stack([loss.cross_entropy, loss.teacher_entropy, loss.kl]).detach()
+
+
+@pytest.mark.parametrize("max_logits", [1, 23, 2 * 23, 4 * 23 + 5, 11 * 23, 10**6])
+@pytest.mark.parametrize("temperatures", [(1.0, 1.0), (0.1, 0.04)])
+def test_chunks_give_the_plain_loss_and_the_plain_gradients(max_logits, temperatures):
+    parts = features_and_prototypes()
+    chunked, whole = prototype_cross_entropy(*parts, *temperatures, max_logits), plain(*parts, *temperatures)
+    torch.testing.assert_close(values(chunked), values(whole), rtol=0, atol=1e-12)
+    assert chunked.cross_entropy.requires_grad and not (
+        chunked.kl.requires_grad or chunked.teacher_entropy.requires_grad
+    )
+    for found, expected in zip(gradients(chunked, parts), gradients(whole, parts), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+def test_chunks_give_the_plain_gradients_to_all_of_the_head_and_to_its_input():
+    torch.manual_seed(0)
+    settings = HeadSettings(hidden=16, bottleneck=8, prototypes=20)
+    student, teacher = DINOHead(12, settings).double(), DINOHead(12, settings).double()
+    torch.nn.init.uniform_(student.last_layer.weight_g, 0.5, 2.0)
+    tokens, wanted = torch.randn(2, 9, 12, dtype=torch.float64)
+    tokens.requires_grad_()
+    leaves = [tokens, *student.parameters()]
+    chunked = prototype_cross_entropy(*student.parts(tokens), *teacher.parts(wanted), 0.5, 0.25, max_logits=4 * 20)
+    whole = prototype_loss(student(tokens), teacher(wanted), 0.5, 0.25)
+    # three times the loss: what comes from above must be passed on
+    found = torch.autograd.grad(3 * chunked.cross_entropy, leaves)
+    for gradient, expected in zip(found, torch.autograd.grad(3 * whole.cross_entropy, leaves), strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-12)
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def test_the_gradients_of_the_chunks_are_the_differences_of_their_loss():
+    *student, teacher_features, teacher_prototypes = features_and_prototypes(n=5, k=7, d=3)
+
+    def loss(features, prototypes):
+        return prototype_cross_entropy(
+            features, prototypes, teacher_features, teacher_prototypes, 0.5, 0.3, max_logits=15
+        ).cross_entropy
+
+    assert torch.autograd.gradcheck(loss, student)
+
+
+def test_in_float32_chunks_are_no_less_accurate_than_the_plain_loss():
+    exact = features_and_prototypes(n=100, k=4096, d=64)
+    single = [part.detach().float().requires_grad_(part.requires_grad) for part in exact]
+    truth, truths = plain(*exact), gradients(plain(*exact), exact)
+    loss = prototype_cross_entropy(*single, max_logits=4096 * 32)
+    assert loss.cross_entropy.dtype == torch.float32
+    assert float(loss.cross_entropy) == pytest.approx(float(truth.cross_entropy), rel=1e-6)
+    assert float(loss.kl) == pytest.approx(float(truth.kl), rel=1e-4)
+    ours, usuals = gradients(loss, single), gradients(plain(*single), single)
+    for found, usual, expected in zip(ours, usuals, truths, strict=True):
+        error = (found - expected).norm() / expected.norm()
+        assert error < 1e-5 and error < 1.5 * (usual - expected).norm() / expected.norm()
+
+
+def test_very_unequal_logits_do_no_harm():
+    parts = features_and_prototypes(dtype=torch.float32)
+    chunked, whole = prototype_cross_entropy(*parts, 1e-3, 1e-3, 50), plain(*parts, 1e-3, 1e-3)
+    torch.testing.assert_close(values(chunked), values(whole), rtol=1e-5, atol=1e-5)
+    for found, expected in zip(gradients(chunked, parts), gradients(whole, parts), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "max_logits", "most"), [(64, 512, 2048, 2048), (3, 512, 2048, 1536), (9, 512, 1, 512)]
+)
+def test_chunks_never_hold_more_logits_than_they_may_or_than_one_token_has(n, k, max_logits, most):
+    parts = features_and_prototypes(n=n, k=k, d=1)  # so that the prototypes are no larger than a token's logits
+    with Watched() as watched:
+        gradients(prototype_cross_entropy(*parts, max_logits=max_logits), parts)
+    assert watched.largest == most
+
+
+def test_only_the_gradients_that_are_wanted_are_computed():
+    features, prototypes, *teacher = features_and_prototypes()
+
+    def products(*student, differentiate=True):
+        with Watched() as watched, torch.set_grad_enabled(differentiate):
+            loss = prototype_cross_entropy(*student, *teacher, max_logits=4 * 23)  # three chunks
+        assert loss.cross_entropy.requires_grad == differentiate
+        return watched.operations["mm"], watched.operations["addmm_"]
+
+    assert products(features, prototypes) == (3 * 3, 3)
+    assert products(features, prototypes.detach()) == (3 * 3, 0)
+    assert products(features.detach(), prototypes) == (3 * 2, 3)
+    assert products(features, prototypes, differentiate=False) == (3 * 2, 0)
+    torch.testing.assert_close(
+        gradients(prototype_cross_entropy(features, prototypes.detach(), *teacher), (features,))[0],
+        gradients(plain(features, prototypes, *teacher), (features,))[0],
+        rtol=0,
+        atol=1e-12,
+    )
+
+
+@pytest.mark.parametrize("loss", [prototype_cross_entropy, quadratic_cross_entropy])
+def test_autocast_leaves_the_losses_from_features_alone(loss):
+    parts = features_and_prototypes(dtype=torch.float32)
+    outside = loss(*parts)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = loss(*parts)
+    assert torch.equal(values(inside), values(outside)) and inside.cross_entropy.dtype == torch.float32
+    for found, expected in zip(gradients(inside, parts), gradients(outside, parts), strict=True):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("loss", [prototype_cross_entropy, quadratic_cross_entropy])
+def test_of_the_losses_from_features_too_only_the_student_gets_a_gradient(loss):
+    parts = [part.detach().requires_grad_() for part in features_and_prototypes()]
+    loss(*parts).cross_entropy.backward()
+    assert [part.grad is not None for part in parts] == [True, True, False, False]
+
+
+def test_chunks_of_no_logits_are_refused():
+    with pytest.raises(ValueError, match="max_logits 0 must be at least 1"):
+        prototype_cross_entropy(*features_and_prototypes(), max_logits=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_chunks_on_the_gpu_give_what_they_give_on_the_cpu():
+    parts = features_and_prototypes(n=100, k=1000, d=32)
+    moved = [part.detach().cuda().requires_grad_(part.requires_grad) for part in parts]
+    for loss in (prototype_cross_entropy, quadratic_cross_entropy):
+        here, there = loss(*parts), loss(*moved)
+        torch.testing.assert_close(values(there).cpu(), values(here), rtol=0, atol=1e-12)
+        for found, expected in zip(gradients(there, moved), gradients(here, parts), strict=True):
+            torch.testing.assert_close(found.cpu(), expected, rtol=0, atol=1e-12)
+
+
+# ---------------------------------------------------------------------- to second order
+
+
+def cosine(a, b):
+    return float(F.cosine_similarity(a.flatten(), b.flatten(), dim=0))
+
+
+def test_two_prototypes_to_second_order_by_hand():
+    # prototypes 1 and -1: logits of the teacher 0.3, -0.3 (variance 0.09), of the student 0.1, -0.1; T_t 1, T_s 0.5
+    prototypes = torch.tensor([[1.0], [-1.0]])
+    loss = quadratic_cross_entropy(torch.tensor([[0.1]]), prototypes, torch.tensor([[0.3]]), prototypes, 0.5, 1.0)
+    assert float(loss.kl) == pytest.approx((0.3 - 0.2) ** 2 / 2)
+    assert float(loss.teacher_entropy) == pytest.approx(math.log(2) - 0.09 / 2)
+    assert float(loss.cross_entropy) == pytest.approx(float(loss.teacher_entropy) + float(loss.kl))
+
+
+def test_what_the_second_order_leaves_out_is_of_the_third():
+    """Uneven prototypes with a mean, others for the teacher: halve the logits, and an eighth of the error is left."""
+    torch.manual_seed(0)
+    spread = torch.linspace(0.2, 2.0, 6, dtype=torch.float64)
+    student = 0.7 + spread * torch.randn(50, 6, dtype=torch.float64)
+    teacher = student + 0.5 * torch.randn(50, 6, dtype=torch.float64)
+    features = torch.randn(2, 9, 6, dtype=torch.float64) / 6
+    errors = []
+    for size in (0.1, 0.05, 0.025):
+        parts = size * features[0], student, size * features[1], teacher
+        exact, approximate = values(plain(*parts, 0.9, 1.1)), values(quadratic_cross_entropy(*parts, 0.9, 1.1))
+        assert float(approximate[2]) == pytest.approx(float(exact[2]), rel=2 * size)
+        errors.append((approximate - exact).abs())
+    for larger, smaller in zip(errors[:-1], errors[1:], strict=True):
+        assert (larger / smaller > 6).all()
+
+
+def test_the_quadratic_gradients_are_the_differences_of_its_loss():
+    *student, teacher_features, teacher_prototypes = features_and_prototypes(n=5, k=7, d=3)
+
+    def loss(features, prototypes):
+        return quadratic_cross_entropy(
+            features, prototypes, teacher_features, teacher_prototypes, 0.5, 0.3
+        ).cross_entropy
+
+    assert torch.autograd.gradcheck(loss, student)
+
+
+@pytest.mark.parametrize(
+    ("temperature", "kl", "to_features"), [(1.0, 1e-3, 0.9999), (0.1, 1e-2, 0.995), (0.04, 0.05, 0.93)]
+)
+@pytest.mark.parametrize("prototypes", ["equal", "different"])
+def test_the_second_order_is_near_the_whole_at_temperature_1_and_less_so_below(
+    temperature, kl, to_features, prototypes
+):
+    """64 tokens that differ by noise of 0.05 per channel, 16,384 prototypes of 256 channels."""
+    torch.manual_seed(0)
+    student_prototypes = unit_rows(16384, 256, torch.float32)
+    teacher_prototypes = student_prototypes
+    if prototypes == "different":
+        teacher_prototypes = F.normalize(student_prototypes + 0.02 * torch.randn(16384, 256), dim=-1)
+    teacher = unit_rows(64, 256, torch.float32)
+    student = F.normalize(teacher + 0.05 * torch.randn(64, 256), dim=-1)
+    parts = student.requires_grad_(), student_prototypes.clone().requires_grad_(), teacher, teacher_prototypes
+    exact = prototype_cross_entropy(*parts, temperature, temperature)
+    approximate = quadratic_cross_entropy(*parts, temperature, temperature)
+    assert float(approximate.kl) == pytest.approx(float(exact.kl), rel=kl)
+    expected, found = gradients(exact, parts), gradients(approximate, parts)
+    assert cosine(found[0], expected[0]) > to_features
+    if temperature == 1.0:
+        assert cosine(found[1], expected[1]) > 0.99
+        assert float(approximate.cross_entropy) == pytest.approx(float(exact.cross_entropy), abs=1e-4)
