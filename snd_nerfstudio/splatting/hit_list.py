@@ -13,14 +13,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from snd_nerfstudio.splatting.gaussians import Gaussians, PinholeCamera, Splatted
-from snd_nerfstudio.splatting.numba_engine import (
-    TILE_PIXELS,
+from snd_nerfstudio.splatting.hits import (
     compositing_constants,
+    depth_bits,
     engine_lock,
-    find_hits,
-    sort_into_tiles,
+    find_tiles,
+    footprints_of,
+    tile_areas,
 )
-from snd_nerfstudio.splatting.projection import FAR, MAX_ALPHA, NEAR, TILE_SIZE, exponent_limits, project_gaussians
+from snd_nerfstudio.splatting.numba_engine import TILE_PIXELS, find_hits
+from snd_nerfstudio.splatting.projection import FAR, MAX_ALPHA, NEAR, TILE_SIZE, project_gaussians
 
 
 @dataclass(frozen=True)
@@ -47,24 +49,23 @@ def list_hits(gaussians: Gaussians, camera: PinholeCamera, near: float = NEAR, f
         The hits.
     """
     projection = project_gaussians(gaussians, camera, near=near, far=far)
-    means2d, conics, opacities, boxes = (
-        tensor.contiguous() for tensor in (projection.means2d, projection.conics, gaussians.opacities, projection.boxes)
+    footprints = footprints_of(
+        projection.means2d, projection.conics, projection.depths, projection.boxes, gaussians.opacities
     )
-    size = camera.height, camera.width
+    size, dtype = (camera.height, camera.width), footprints.records.dtype
     with engine_lock:
-        tiles = sort_into_tiles(projection.depths, boxes, *size)
-    geometry = [tensor.numpy() for tensor in (means2d, conics, opacities, exponent_limits(opacities), boxes)]
-    dtype = geometry[0].dtype
+        tiles = find_tiles(footprints, *size, TILE_SIZE)
+        areas = tile_areas(*tiles, footprints.boxes, *size, TILE_SIZE)
     tiles_across = -(-camera.width // TILE_SIZE)
     pixels, members = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
-    for tile, area in enumerate(tiles.areas):
+    for tile, area in enumerate(areas):
         first_y, first_x = tile // tiles_across * TILE_SIZE, tile % tiles_across * TILE_SIZE
         candidates = tiles.gaussians[tiles.starts[tile] : tiles.starts[tile + 1]]
         found = np.empty(area, np.int32), np.empty(area, np.int32), np.empty(area, dtype)
         with engine_lock:
             hits = find_hits(
-                candidates, *geometry, compositing_constants(dtype), *size, first_y, first_x,
-                np.empty(TILE_PIXELS, dtype), *found,
+                candidates, footprints.records, depth_bits(footprints), footprints.boxes, compositing_constants(dtype),
+                *size, first_y, first_x, np.empty(TILE_PIXELS, dtype), *found,
             )  # fmt: skip
         row, column = np.divmod(found[0][:hits], TILE_SIZE)
         pixels.append(np.int64(first_y + row) * camera.width + first_x + column)

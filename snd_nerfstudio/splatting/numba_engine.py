@@ -1,72 +1,48 @@
 """The CPU engine: tiles in parallel, and all channels in one pass, compiled by numba.
 
-Per 16 x 16 tile, the work is split in two so that each half is fast. First the weights, which need no features: the
-tile's Gaussians are walked front to back, each over the rows of its own pixel box, with the tile's transmittances in
-the L1 cache; every hit is noted as (pixel, Gaussian, weight). Then the features, which need no geometry: the hits are
-grouped by pixel, and each pixel's feature row is summed in one place from the rows of its Gaussians, which neighbouring
-pixels share and which therefore sit in the L2 cache.
+Per 16 x 16 tile, the work is split in two so that each half is fast. First the weights, which need no features
+(`hits.py`): the tile's Gaussians are walked front to back, each over the rows of its own pixel box, with the tile's
+transmittances in the L1 cache; every hit is noted as (pixel, Gaussian, weight). Then the features, which need no
+geometry: the hits are grouped by pixel, and each pixel's feature row is summed in one place from the rows of its
+Gaussians, which neighbouring pixels share and which therefore sit in the L2 cache.
 
 Each pixel belongs to one tile and each tile to one thread, and nothing is reduced across threads: the result's bits do
 not depend on the number of threads.
 
-All compiled functions of this path live in this one file, because numba's on-disk cache notices changes of a function's
-own file only: clear __pycache__ if TILE_SIZE ever changes, which is compiled in here, or if `find_hits` or
-`gather_features` do, which are compiled into `numba_gradients.py` too. They carry `no_type_check`, because numba can
-compile a function but not the run-time shape checker around it.
+Compiled in here are functions of `hits.py` (and TILE_SIZE), and `find_hits` and `gather_features` are compiled into
+`numba_gradients.py`: clear `__pycache__` after editing any of them.
 """
 
-import threading
-from typing import Any, Callable, NamedTuple, no_type_check
+from typing import no_type_check
 
 import numba
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from snd_nerfstudio.splatting.gaussians import Gaussians, PinholeCamera, Splatted
-from snd_nerfstudio.splatting.projection import (
-    MAX_ALPHA,
-    MIN_ALPHA,
-    MIN_TRANSMITTANCE,
-    TILE_SIZE,
-    exponent_limits,
-    project_gaussians,
+from snd_nerfstudio.splatting.hits import (
+    LANES,
+    compiled,
+    compositing_constants,
+    depth_bits,
+    engine_lock,
+    find_tiles,
+    front_to_back,
+    project_footprints,
+    tile_areas,
+    weigh_box,
 )
+from snd_nerfstudio.splatting.projection import TILE_SIZE
 
 TILE_PIXELS = TILE_SIZE * TILE_SIZE
 MAX_HITS_PER_PIXEL = 2400
 """A hit leaves at most 254/255 of the transmittance, which stays above 1e-4: 2344 hits, and some for rounding."""
 TILES_PER_TASK = 4
 """Tiles that a thread takes at a time: few enough to balance crowded tiles, enough to be cheap."""
-RADIX_BITS = 11
-"""Digit width of the depth sort: 2048 counters stay in the L1 cache."""
-
-# Not every threading layer of numba may be entered by two Python threads at once (viewer and trainer).
-engine_lock = threading.Lock()
-
-
-class Tiles(NamedTuple):
-    """Gaussians by the 16 x 16 tile that they touch; tiles are numbered row by row."""
-
-    starts: np.ndarray
-    """Start of each tile's run in `gaussians`, int64, tiles + 1."""
-    gaussians: np.ndarray
-    """Indices of Gaussians, int32, run after run, front to back within each."""
-    areas: np.ndarray
-    """Number of (Gaussian, pixel) pairs that the boxes hold in each tile, int64."""
-
-
-def compiled(**options: Any) -> Callable[[Callable], Callable]:
-    """`numba.njit` with the on-disk cache where a cache directory can be written, and without it elsewhere."""
-
-    def decorate(function: Callable) -> Callable:
-        try:
-            return numba.njit(cache=True, **options)(function)
-        except RuntimeError:  # "no locator available": neither __pycache__ nor NUMBA_CACHE_DIR can be written
-            return numba.njit(**options)(function)
-
-    return decorate
+PACKED = 11
+"""What `find_hits` reads of a Gaussian: seven columns of its record, and its box."""
 
 
 def splat_numba(
@@ -86,128 +62,29 @@ def splat_numba(
     Returns:
         The splatted view.
     """
-    projection = project_gaussians(gaussians, camera, near=near, far=far)
     # Allocated by numpy, which asks for huge pages: a fresh large torch tensor spends longer in page faults.
-    dtype = projection.depths.numpy().dtype
-    image = np.empty((camera.height, camera.width, features.shape[1]), dtype)
-    alpha = np.empty((camera.height, camera.width), dtype)
-    depth = np.empty((camera.height, camera.width), dtype)
-    with engine_lock, numba.parallel_chunksize(TILES_PER_TASK):
-        tiles = sort_into_tiles(projection.depths, projection.boxes, camera.height, camera.width)
-        _composite_tiles(
-            *tiles,
-            projection.means2d.contiguous().numpy(),
-            projection.conics.contiguous().numpy(),
-            gaussians.opacities.contiguous().numpy(),
-            exponent_limits(gaussians.opacities).numpy(),
-            projection.boxes.numpy(),
-            projection.depths.contiguous().numpy(),
-            features.contiguous().numpy(),
-            compositing_constants(dtype),
-            image,
-            alpha,
-            depth,
-        )
+    dtype = gaussians.means.numpy().dtype
+    height, width = camera.height, camera.width
+    image = np.empty((height, width, features.shape[1]), dtype)
+    alpha = np.empty((height, width), dtype)
+    depth = np.empty((height, width), dtype)
+    with engine_lock:
+        footprints = project_footprints(gaussians, camera, near, far)
+        tiles = find_tiles(footprints, height, width, TILE_SIZE)
+        with numba.parallel_chunksize(TILES_PER_TASK):
+            areas = tile_areas(*tiles, footprints.boxes, height, width, TILE_SIZE)
+            _composite_tiles(
+                *tiles, areas, footprints.records, depth_bits(footprints), footprints.boxes,
+                features.contiguous().numpy(), compositing_constants(dtype), image, alpha, depth,
+            )  # fmt: skip
     return Splatted(features=torch.from_numpy(image), alpha=torch.from_numpy(alpha), depth=torch.from_numpy(depth))
-
-
-def sort_into_tiles(depths: Float[Tensor, "n"], boxes: Int[Tensor, "n 4"], height: int, width: int) -> Tiles:
-    """The Gaussians of each tile, front to back, ties in order of index; depths are positive where a box is not empty.
-
-    The caller holds `engine_lock`.
-    """
-    keys, pixel_boxes = depths.contiguous().numpy(), boxes.numpy()
-    visible = np.flatnonzero(pixel_boxes[:, 2] > pixel_boxes[:, 0])
-    # The bits of positive floats sort like the floats.
-    order = _stable_order(keys[visible].view(np.uint32 if keys.dtype == np.float32 else np.uint64))
-    return Tiles(*_bin_to_tiles(visible[order].astype(np.int32), pixel_boxes, height, width))
-
-
-def compositing_constants(dtype: np.dtype) -> np.ndarray:
-    """MAX_ALPHA, MIN_ALPHA, MIN_TRANSMITTANCE, one half and one, as `find_hits` takes them."""
-    return np.array([MAX_ALPHA, MIN_ALPHA, MIN_TRANSMITTANCE, 0.5, 1.0], dtype)
-
-
-@compiled()
-@no_type_check
-def _stable_order(keys: np.ndarray) -> np.ndarray:
-    """Indices that sort unsigned integers, equal ones kept in order (least-significant-digit radix sort)."""
-    n = keys.size
-    order, scratch = np.arange(n), np.empty(n, np.int64)
-    differing = keys[:1].copy()
-    differing[:] = 0
-    for i in range(n):
-        differing[0] |= keys[i] ^ keys[0]
-    digit_mask = (1 << RADIX_BITS) - 1
-    for shift in range(0, keys.itemsize * 8, RADIX_BITS):
-        if n == 0 or (differing[0] >> np.uint64(shift)) & np.uint64(digit_mask) == 0:
-            continue  # all keys share this digit
-        starts = np.zeros(digit_mask + 2, np.int64)
-        for i in range(n):
-            starts[((keys[i] >> np.uint64(shift)) & np.uint64(digit_mask)) + np.uint64(1)] += 1
-        for digit in range(digit_mask):
-            starts[digit + 1] += starts[digit]
-        for i in range(n):
-            digit = np.int64((keys[order[i]] >> np.uint64(shift)) & np.uint64(digit_mask))
-            scratch[starts[digit]] = order[i]
-            starts[digit] += 1
-        order, scratch = scratch, order
-    return order
-
-
-@compiled()
-@no_type_check
-def _bin_to_tiles(
-    front_to_back: np.ndarray, boxes: np.ndarray, height: int, width: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Counting sort of Gaussians into the tiles that their pixel boxes overlap, front to back within each tile.
-
-    Returns:
-        The fields of `Tiles`.
-    """
-    tiles_across = (width + TILE_SIZE - 1) // TILE_SIZE
-    tiles_down = (height + TILE_SIZE - 1) // TILE_SIZE
-    starts = np.zeros(tiles_across * tiles_down + 1, np.int64)
-    areas = np.zeros(tiles_across * tiles_down, np.int64)
-    for g in front_to_back:
-        first_x, first_y, end_x, end_y = boxes[g]
-        for tile_y in range(first_y // TILE_SIZE, (end_y - 1) // TILE_SIZE + 1):
-            rows = min(end_y, (tile_y + 1) * TILE_SIZE) - max(first_y, tile_y * TILE_SIZE)
-            for tile_x in range(first_x // TILE_SIZE, (end_x - 1) // TILE_SIZE + 1):
-                columns = min(end_x, (tile_x + 1) * TILE_SIZE) - max(first_x, tile_x * TILE_SIZE)
-                starts[tile_y * tiles_across + tile_x + 1] += 1
-                areas[tile_y * tiles_across + tile_x] += rows * columns
-    starts = np.cumsum(starts)
-    cursors = starts[:-1].copy()
-    members = np.empty(starts[-1], np.int32)
-    for g in front_to_back:
-        first_x, first_y, end_x, end_y = boxes[g]
-        for tile_y in range(first_y // TILE_SIZE, (end_y - 1) // TILE_SIZE + 1):
-            for tile_x in range(first_x // TILE_SIZE, (end_x - 1) // TILE_SIZE + 1):
-                tile = tile_y * tiles_across + tile_x
-                members[cursors[tile]] = g
-                cursors[tile] += 1
-    return starts, members, areas
 
 
 @compiled(parallel=True)
 @no_type_check
 def _composite_tiles(
-    tile_starts: np.ndarray,
-    tile_gaussians: np.ndarray,
-    tile_areas: np.ndarray,
-    means2d: np.ndarray,
-    conics: np.ndarray,
-    opacities: np.ndarray,
-    limits: np.ndarray,
-    boxes: np.ndarray,
-    depths: np.ndarray,
-    features: np.ndarray,
-    constants: np.ndarray,
-    image: np.ndarray,
-    alpha: np.ndarray,
-    depth: np.ndarray,
-) -> None:
+    tile_starts, tile_gaussians, tile_areas, records, bits, boxes, features, constants, image, alpha, depth
+):
     """Composite every tile, tiles in parallel, into `image`, `alpha` and `depth` (overwritten)."""
     height, width = alpha.shape
     tiles_across = (width + TILE_SIZE - 1) // TILE_SIZE
@@ -220,11 +97,11 @@ def _composite_tiles(
         hit_weights = np.empty(capacity, features.dtype)
         transmittance = np.empty(TILE_PIXELS, features.dtype)
         hits = find_hits(
-            members, means2d, conics, opacities, limits, boxes, constants, height, width, first_y, first_x,
+            members, records, bits, boxes, constants, height, width, first_y, first_x,
             transmittance, hit_pixels, hit_gaussians, hit_weights,
         )  # fmt: skip
         gather_features(
-            hit_pixels[:hits], hit_gaussians, hit_weights, transmittance, depths, features, constants,
+            hit_pixels[:hits], hit_gaussians, hit_weights, transmittance, records, features, constants,
             first_y, first_x, image, alpha, depth,
         )  # fmt: skip
 
@@ -232,57 +109,62 @@ def _composite_tiles(
 @compiled()
 @no_type_check
 def find_hits(
-    members, means2d, conics, opacities, limits, boxes, constants, height, width, first_y, first_x,
+    members, records, bits, boxes, constants, height, width, first_y, first_x,
     transmittance, hit_pixels, hit_gaussians, hit_weights,
 ):  # fmt: skip
     """Walk one tile's Gaussians front to back; note every hit's (pixel, Gaussian, weight); return their number.
 
-    `transmittance` (256, overwritten) ends as the transmittance behind the last hit of each pixel.
+    `members` are sorted front to back in place. `transmittance` (256, overwritten) ends as the transmittance behind the
+    last hit of each pixel.
     """
-    # Constants come as an array in the working dtype: a float literal would promote float32 arithmetic to float64.
-    max_alpha, min_alpha, min_transmittance, half, one = constants
-    transmittance[:] = one
-    finished = np.zeros(TILE_PIXELS, np.bool_)
+    packed = np.empty((members.size, PACKED), records.dtype)
+    keys = np.empty(members.size, bits.dtype)
+    for i in range(members.size):
+        g = members[i]
+        for column in range(7):
+            packed[i, column] = records[g, column]
+        keys[i] = bits[g, 7]
+        for side in range(4):
+            packed[i, 7 + side] = boxes[g, side]
+    order = front_to_back(keys)
+    by_index = members.copy()
+    stride = np.uint64(TILE_SIZE + LANES)
+    behind = np.ones(TILE_SIZE * (TILE_SIZE + LANES), records.dtype)
+    weights, line = np.empty(TILE_SIZE * LANES, records.dtype), np.empty(LANES, records.dtype)
     end_y, end_x = min(first_y + TILE_SIZE, height), min(first_x + TILE_SIZE, width)
-    unfinished = (end_y - first_y) * (end_x - first_x)
     hits = 0
-    for g in members:
-        mean_x, mean_y = means2d[g, 0] - half, means2d[g, 1] - half
-        half_xx, xy, half_yy = half * conics[g, 0], conics[g, 1], half * conics[g, 2]
-        opacity, limit = opacities[g], limits[g]
-        column_range = range(max(boxes[g, 0], first_x), min(boxes[g, 2], end_x))
-        for y in range(max(boxes[g, 1], first_y), min(boxes[g, 3], end_y)):
-            dy = mean_y - means2d.dtype.type(y)
-            row_term, row_slope = half_yy * dy * dy, xy * dy
-            row = (y - first_y) * TILE_SIZE - first_x
-            for x in column_range:
-                dx = mean_x - means2d.dtype.type(x)
-                exponent = half_xx * dx * dx + row_term + row_slope * dx
-                # Written so that a NaN is skipped; beyond the limit alpha is surely too faint, without computing it.
-                if not (exponent >= 0 and exponent <= limit) or finished[row + x]:
-                    continue
-                hit_alpha = min(max_alpha, opacity * np.exp(-exponent))
-                if hit_alpha < min_alpha:
-                    continue
-                remaining = transmittance[row + x] * (one - hit_alpha)
-                if remaining <= min_transmittance:
-                    finished[row + x] = True
-                    unfinished -= 1
-                    continue
-                hit_pixels[hits] = row + x
-                hit_gaussians[hits] = g
-                hit_weights[hits] = hit_alpha * transmittance[row + x]
-                hits += 1
-                transmittance[row + x] = remaining
-        if unfinished == 0:
-            break
+    for number in range(order.size):
+        m = np.uint64(order[number])
+        g = by_index[m]
+        members[number] = g
+        low_x, low_y = max(np.int64(packed[m, 7]), first_x), max(np.int64(packed[m, 8]), first_y)
+        columns = min(np.int64(packed[m, 9]), end_x) - low_x
+        rows = min(np.int64(packed[m, 10]), end_y) - low_y
+        weigh_box(
+            behind, stride, np.uint64(low_y - first_y) * stride + np.uint64(low_x - first_x), weights, line, low_x,
+            low_y, columns, rows, packed[m, 0], packed[m, 1], packed[m, 2], packed[m, 3], packed[m, 4], packed[m, 5],
+            packed[m, 6], constants,
+        )  # fmt: skip
+        for row in range(rows):
+            pixel = (low_y - first_y + row) * TILE_SIZE + low_x - first_x
+            for column in range(columns):
+                weight = weights[np.uint64(row * LANES + column)]
+                if weight > 0:
+                    at = np.uint64(hits)
+                    hit_pixels[at] = pixel + column
+                    hit_gaussians[at] = g
+                    hit_weights[at] = weight
+                    hits += 1
+    for y in range(TILE_SIZE):
+        for x in range(TILE_SIZE):
+            transmittance[y * TILE_SIZE + x] = abs(behind[y * (TILE_SIZE + LANES) + x])
     return hits
 
 
 @compiled(fastmath={"contract"})
 @no_type_check
 def gather_features(
-    hit_pixels, hit_gaussians, hit_weights, transmittance, depths, features, constants,
+    hit_pixels, hit_gaussians, hit_weights, transmittance, records, features, constants,
     first_y, first_x, image, alpha, depth,
 ):  # fmt: skip
     """Group one tile's hits by pixel, front to back, and sum features, alpha and depth of each pixel."""
@@ -309,7 +191,7 @@ def gather_features(
             weight_sum, depth_sum = zero, zero
             for hit in range(start, stop):
                 weight_sum += weights[hit]
-                depth_sum += weights[hit] * depths[gaussians[hit]]
+                depth_sum += weights[hit] * records[gaussians[hit], 7]
             alpha[y, x] = one - transmittance[pixel]
             depth[y, x] = depth_sum / weight_sum if stop > start else zero
             _sum_rows(image[y, x], features, gaussians, weights, start, stop)

@@ -12,8 +12,8 @@ per pixel is carried along, whatever the number of channels. The transmittance i
 Each tile writes the gradients of its own Gaussians to rows of its own; the rows of a Gaussian are then added in the
 order of the tiles. The result's bits do not depend on the number of threads, nor on which thread was faster.
 
-`find_hits` and `gather_features` are compiled into the functions here, but numba's on-disk cache notices changes of
-this file only: clear __pycache__ after editing them (or TILE_SIZE).
+`find_hits` and `gather_features`, and functions of `hits.py`, are compiled into the functions here, but numba's on-disk
+cache notices changes of this file only: clear `__pycache__` after editing them (or TILE_SIZE).
 """
 
 from dataclasses import replace
@@ -27,19 +27,26 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from snd_nerfstudio.splatting.gaussians import Gaussians, PinholeCamera, Splatted
+from snd_nerfstudio.splatting.hits import (
+    Footprints,
+    Tiles,
+    compiled,
+    compositing_constants,
+    depth_bits,
+    engine_lock,
+    falloff,
+    find_tiles,
+    footprints_of,
+    tile_areas,
+)
 from snd_nerfstudio.splatting.numba_engine import (
     MAX_HITS_PER_PIXEL,
     TILE_PIXELS,
     TILES_PER_TASK,
-    Tiles,
-    compiled,
-    compositing_constants,
-    engine_lock,
     find_hits,
     gather_features,
-    sort_into_tiles,
 )
-from snd_nerfstudio.splatting.projection import TILE_SIZE, exponent_limits, project_gaussians
+from snd_nerfstudio.splatting.projection import TILE_SIZE, project_gaussians
 
 GEOMETRY = 7
 """Columns of a gradient row before those of the features: mean x, mean y, conic xx, xy, yy, opacity, depth."""
@@ -123,13 +130,9 @@ class _Compositing(torch.autograd.Function):
         alpha = np.empty((height, width), dtype)
         depth = np.empty((height, width), dtype)
         with engine_lock:
-            ctx.tiles = sort_into_tiles(depths, boxes, height, width)
-            ctx.hits = _composite(
-                ctx.tiles,
-                _arrays(means2d, conics, opacities, exponent_limits(opacities), boxes),
-                _arrays(depths, features),
-                (image, alpha, depth),
-            )
+            footprints = footprints_of(means2d, conics, depths, boxes, opacities)
+            ctx.tiles = find_tiles(footprints, height, width, TILE_SIZE)
+            ctx.hits = _composite(ctx.tiles, footprints, features.contiguous().numpy(), (image, alpha, depth))
         results = torch.from_numpy(image), torch.from_numpy(alpha), torch.from_numpy(depth)
         ctx.save_for_backward(means2d, conics, opacities, depths, features, results[1], results[2])
         return results
@@ -150,22 +153,23 @@ def _arrays(*tensors: Tensor) -> list[np.ndarray]:
 
 
 def _composite(
-    tiles: Tiles, geometry: list[np.ndarray], attributes: list[np.ndarray], results: tuple[np.ndarray, ...]
+    tiles: Tiles, footprints: Footprints, features: np.ndarray, results: tuple[np.ndarray, ...]
 ) -> list[Hits]:
-    """Overwrite `results` (image, alpha, depth) and return the hits."""
+    """Overwrite `results` (image, alpha, depth), sort each tile's Gaussians front to back, and return the hits."""
     dtype = results[0].dtype
     constants = compositing_constants(dtype)
-    capacities = np.minimum(tiles.areas, TILE_PIXELS * MAX_HITS_PER_PIXEL)
     batches = []
     with numba.parallel_chunksize(TILES_PER_TASK):
+        areas = tile_areas(*tiles, footprints.boxes, *results[1].shape, TILE_SIZE)
+        capacities = np.minimum(areas, TILE_PIXELS * MAX_HITS_PER_PIXEL)
         for first, end in _batches(capacities * (1 + dtype.itemsize)):
             found_starts = np.concatenate([[0], np.cumsum(capacities[first:end])])
             found = np.empty(found_starts[-1], np.uint8), np.empty(found_starts[-1], dtype)
             counts = np.empty(tiles.starts[end] - tiles.starts[first], np.int32)
             transmittances = np.empty((end - first, TILE_PIXELS), dtype)
             totals = _composite_tiles(
-                first, tiles.starts, tiles.gaussians, *geometry, *attributes, constants, found_starts, *found,
-                counts, transmittances, *results,
+                first, *tiles, footprints.records, depth_bits(footprints), footprints.boxes, features, constants,
+                found_starts, *found, counts, transmittances, *results,
             )  # fmt: skip
             starts = np.concatenate([[0], np.cumsum(totals)])
             # Only what was found is kept: far fewer hits than there was room for.
@@ -210,8 +214,8 @@ def _batches(sizes: np.ndarray) -> list[tuple[int, int]]:
 @compiled(parallel=True)
 @no_type_check
 def _composite_tiles(
-    first_tile, tile_starts, tile_gaussians, means2d, conics, opacities, limits, boxes, depths, features, constants,
-    found_starts, found_pixels, found_weights, counts, transmittances, image, alpha, depth,
+    first_tile, tile_starts, tile_gaussians, records, bits, boxes, features, constants, found_starts,
+    found_pixels, found_weights, counts, transmittances, image, alpha, depth,
 ):  # fmt: skip
     """Composite a batch of tiles, keep its hits in `found_*`, and return each tile's number of them."""
     height, width = alpha.shape
@@ -226,11 +230,11 @@ def _composite_tiles(
         weights = found_weights[found_starts[index] : found_starts[index + 1]]
         hit_gaussians = np.empty(pixels.size, np.int32)
         hits = find_hits(
-            members, means2d, conics, opacities, limits, boxes, constants, height, width, first_y, first_x,
+            members, records, bits, boxes, constants, height, width, first_y, first_x,
             transmittances[index], pixels, hit_gaussians, weights,
         )  # fmt: skip
         gather_features(
-            pixels[:hits], hit_gaussians, weights, transmittances[index], depths, features, constants,
+            pixels[:hits], hit_gaussians, weights, transmittances[index], records, features, constants,
             first_y, first_x, image, alpha, depth,
         )  # fmt: skip
         hit = 0
@@ -353,9 +357,9 @@ def _push_back_hits(
 @compiled()
 @no_type_check
 def _is_capped(dx, dy, conic, opacity, max_alpha, half):
-    """Whether `find_hits` capped this hit: its operations in its order, and like there without contraction."""
-    exponent = half * conic[0] * dx * dx + half * conic[2] * dy * dy + conic[1] * dy * dx
-    return opacity * np.exp(-exponent) > max_alpha
+    """Whether `weigh_box` capped this hit: its operations in its order, and like there without contraction."""
+    exponent = (half * conic[0] * dx + conic[1] * dy) * dx + half * conic[2] * dy * dy
+    return opacity * falloff(exponent) > max_alpha
 
 
 @compiled(parallel=True)

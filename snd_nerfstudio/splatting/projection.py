@@ -24,6 +24,8 @@ MIN_ALPHA = 1.0 / 255.0
 """A Gaussian fainter than this at a pixel is skipped there."""
 MIN_TRANSMITTANCE = 1e-4
 """A pixel is finished, before the Gaussian that would do it, once its transmittance would fall to this or below."""
+LIMIT_MARGIN = 1e-3 * math.log(255.0)
+"""Added to the largest exponent that matters, for rounding."""
 NEAR = 0.01
 """Gaussians whose z-depth is smaller are culled, world units."""
 FAR = 1e10
@@ -181,4 +183,4 @@ def _pixel_boxes(
 
 def exponent_limits(opacities: Float[Tensor, "n"]) -> Float[Tensor, "n"]:
     """`ln(255 opacity)` plus a margin: an exponent above it cannot reach alpha >= 1/255 (dimensionless)."""
-    return torch.log(opacities.clamp(min=1e-30) / MIN_ALPHA) + 1e-3 * math.log(255.0)
+    return torch.log(opacities.clamp(min=1e-30) / MIN_ALPHA) + LIMIT_MARGIN

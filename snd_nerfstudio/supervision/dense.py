@@ -71,6 +71,21 @@ def lift(
     return Lifted(torch.cat(maps), torch.stack([operator.isolated for operator in operators]).mean())
 
 
+def check_pixel_aligned(gaussians: Gaussians, context_size: tuple[int, int]) -> int:
+    """How many context views the Gaussians belong to, one per pixel.
+
+    Raises:
+        ValueError: their number is not a multiple of that of a view's pixels.
+    """
+    height, width = context_size
+    views, rest = divmod(len(gaussians), height * width)
+    if rest or not views:
+        raise ValueError(
+            f"{len(gaussians)} Gaussians for context views of {height}x{width}: lifting needs one per pixel"
+        )
+    return views
+
+
 def dense_supervision(
     context_tokens: Float[Tensor, "v h w c"],
     context_masks: Int[Tensor, "v H W"] | None,
@@ -94,12 +109,9 @@ def dense_supervision(
     Raises:
         ValueError: the number of Gaussians is not that of the context pixels.
     """
-    views, h, w, _ = context_tokens.shape
-    height, width = context_size
-    if len(gaussians) != views * height * width:
-        raise ValueError(
-            f"{len(gaussians)} Gaussians for {views} context views of {height}x{width}: lifting needs one per pixel"
-        )
+    _, h, w, _ = context_tokens.shape
+    if check_pixel_aligned(gaussians, context_size) != len(context_tokens):
+        raise ValueError(f"{len(gaussians)} Gaussians are not one per pixel of {len(context_tokens)} context views")
     lifted = lift(context_tokens, context_masks, context_size, settings)
     splat = rasterize(gaussians, target_camera, lifted.features, footprint=settings.footprint)
     weighted = settings.weighting == "coverage"

@@ -22,7 +22,7 @@ class InterpolationWeights:
     """Share of pixels none of whose four tokens shares their instance."""
 
 
-def _axis(
+def axis_weights(
     pixels: int, tokens: int, align_corners: bool, device: torch.device, dtype: torch.dtype
 ) -> tuple[Int[Tensor, "p 2"], Float[Tensor, "p 2"]]:
     """The two neighbouring tokens of each pixel along one axis and their weights."""
@@ -99,8 +99,8 @@ def interpolation_weights(
     height, width = size
     h, w = grid
     device = torch.device(device) if mask is None else mask.device
-    rows, row_weights = _axis(height, h, settings.align_corners, device, dtype)
-    columns, column_weights = _axis(width, w, settings.align_corners, device, dtype)
+    rows, row_weights = axis_weights(height, h, settings.align_corners, device, dtype)
+    columns, column_weights = axis_weights(width, w, settings.align_corners, device, dtype)
     tokens = rows[:, None, :, None] * w + columns[None, :, None, :]
     weights = row_weights[:, None, :, None] * column_weights[None, :, None, :]
     tokens = rearrange(tokens, "H W i j -> (H W) (i j)")
