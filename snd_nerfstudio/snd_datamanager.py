@@ -1,19 +1,28 @@
 """From a dataset on disk to view triplets and Gaussians."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal, Optional, Type
 
 import torch
 from nerfstudio.utils.rich_utils import CONSOLE
+from torch import Tensor
 
+from snd_nerfstudio.backbones.vit import fingerprint
 from snd_nerfstudio.errors import InputError
 from snd_nerfstudio.reconstruction.depth import DepthReconstructor
-from snd_nerfstudio.reconstruction.mvsplat.reconstructor import check_given, load_reconstructor
-from snd_nerfstudio.scenes.views import Views
+from snd_nerfstudio.reconstruction.mvsplat.reconstructor import (
+    MVSplatReconstructor,
+    check_given,
+    load_reconstructor,
+)
+from snd_nerfstudio.scenes.frames import Frames
+from snd_nerfstudio.scenes.triplets import TripletIndex
+from snd_nerfstudio.scenes.views import Views, ViewTriplet
 from snd_nerfstudio.snd_triplets import TripletDataManager, TripletDataManagerConfig
 from snd_nerfstudio.splatting import Gaussians
+from snd_nerfstudio.supervision.operator_cache import OperatorCache, content_digest
 
 
 @dataclass
@@ -26,6 +35,11 @@ class SnDDataManagerConfig(TripletDataManagerConfig):
     """What turns the context views into Gaussians: a trained MVSplat, or their depth maps."""
     reconstructor_checkpoint: Optional[Path] = None
     """MVSplat's weights: re10k.ckpt as released, a run of ns-train mvsplat, or an export of one."""
+    operator_cache: Optional[Path] = None
+    """Folder that keeps what geometry and masks do to tokens, per triplet; what is in it needs no reconstruction. None:
+    nothing is kept. snd-precompute fills it ahead of training."""
+    operator_cache_limit: float = 50.0
+    """Most gigabytes that the folder may hold; what comes later is not kept."""
 
 
 class SnDDataManager(TripletDataManager):
@@ -47,6 +61,8 @@ class SnDDataManager(TripletDataManager):
 
     def _check_config(self) -> None:
         super()._check_config()
+        if self.config.operator_cache_limit <= 0:
+            raise InputError("--pipeline.datamanager.operator-cache-limit must be above 0 gigabytes.")
         checkpoint = self.config.reconstructor_checkpoint
         if self.config.reconstructor == "mvsplat":
             check_given(checkpoint)
@@ -60,6 +76,38 @@ class SnDDataManager(TripletDataManager):
                 "--pipeline.datamanager.near, far and bounds are for MVSplat, and the reconstructor is "
                 f"{self.config.reconstructor}: leave them."
             )
+
+    @cached_property
+    def operators(self) -> Optional[OperatorCache]:
+        """The cache of token operators, or None."""
+        if self.config.operator_cache is None:
+            return None
+        return OperatorCache(self.config.operator_cache, self.config.operator_cache_limit * 1e9, CONSOLE.log)
+
+    def load(self, frames: Frames, index: TripletIndex, with_depth: bool = False) -> ViewTriplet:
+        """Read a triplet's files, and hash them where operators are cached; see `TripletDataManager.load`."""
+        triplet = super().load(frames, index, with_depth)
+        if self.config.operator_cache is None:
+            return triplet
+        # measured depth that the reconstructor does not read makes no difference to the operator
+        context = triplet.context if self.needs_depth else replace(triplet.context, depths=None)
+        return replace(triplet, digest=content_digest(replace(triplet, context=context)))
+
+    @cached_property
+    def reconstructor_description(self) -> str:
+        """All that decides what the reconstructor makes of two views: its kind, settings, and a hash of its weights."""
+        reconstructor = self.reconstructor
+        if not isinstance(reconstructor, MVSplatReconstructor):
+            return repr(reconstructor)
+        weights = bytes(self.reconstructor_fingerprint.tolist()).hex()
+        return f"{reconstructor.network.settings} {reconstructor.near!r} {reconstructor.far!r} {weights}"
+
+    @cached_property
+    def reconstructor_fingerprint(self) -> Tensor:
+        """Hash of the reconstructor's weights, 32 bytes; of none where it has none."""
+        reconstructor = self.reconstructor
+        network = reconstructor.network if isinstance(reconstructor, MVSplatReconstructor) else torch.nn.Module()
+        return fingerprint(dict(network.named_parameters()))
 
     @property
     def needs_depth(self) -> bool:

@@ -1,7 +1,7 @@
 """Teacher, student and the loss between them."""
 
 from dataclasses import dataclass, field, fields
-from typing import Any, Dict, Literal, Mapping, Optional, Type
+from typing import Any, Dict, Literal, Mapping, Optional, Type, Union
 
 import torch
 from jaxtyping import Bool, Float
@@ -23,12 +23,12 @@ from snd_nerfstudio.distillation.losses import (
     quadratic_cross_entropy,
 )
 from snd_nerfstudio.errors import InputError
-from snd_nerfstudio.reconstruction.quality import splat_colours
 from snd_nerfstudio.scenes.views import ViewTriplet
 from snd_nerfstudio.splatting import Gaussians
-from snd_nerfstudio.supervision.coverage import black_tokens
-from snd_nerfstudio.supervision.dense import DenseSupervision, dense_supervision
+from snd_nerfstudio.supervision.dense import dense_supervision
+from snd_nerfstudio.supervision.operator_maker import OperatorMaker
 from snd_nerfstudio.supervision.settings import SupervisionSettings
+from snd_nerfstudio.supervision.token_operator import TokenOperator
 from snd_nerfstudio.training import zero_loss
 from snd_nerfstudio.viewer.display import Display
 from snd_nerfstudio.viewer.outputs import to_pinhole
@@ -58,6 +58,10 @@ class SupervisionConfig:
     """Tokens with too little coverage: leave them out of the loss, keep them, or keep them as zeros."""
     min_coverage: float = 0.5
     """With `uncovered drop`: least coverage of a token that is learned from."""
+
+    path: Literal["token", "dense"] = "token"
+    """How target tokens are computed: by the sparse operator on tokens, or step by step on maps of all pixels, as the
+    paper writes it (slow; for comparison)."""
 
     def settings(self) -> SupervisionSettings:
         """What the supervision functions take; every field must be resolved."""
@@ -119,8 +123,14 @@ class TargetTokens:
     """Tokens that enter the loss."""
     zeroed: Bool[Tensor, "h w"]
     """Tokens that enter it as zeros, on the student's side too."""
-    supervision: DenseSupervision
-    """Every step on the way."""
+    coverage: Float[Tensor, "h w"]
+    """Share of each token that has support."""
+    isolated: Float[Tensor, ""]
+    """Share of context pixels none of whose four tokens shares their instance."""
+
+
+Geometry = Union[Gaussians, TokenOperator]
+"""What the teacher's path needs besides tokens: Gaussians of the contexts, or what was already made of them."""
 
 
 class SnDModel(Model):
@@ -152,6 +162,9 @@ class SnDModel(Model):
         self.teacher = EMATeacher(self.student)
         self.register_buffer("base_fingerprint", base)
         self._settings = config.supervision.settings()
+        self.operators = OperatorMaker(
+            self._settings, backbone.spec.patch, marks_black=config.supervision.uncovered == "zero"
+        )
         self.display = Display(self.teacher_tokens, self.student_tokens, self._learned_target_tokens, self._settings)
         self.refit_colours = ViewerButton("Refit feature colours", cb_hook=lambda _: self.display.refit())
         trained = sum(p.numel() for p in self.student.parameters() if p.requires_grad)
@@ -178,30 +191,36 @@ class SnDModel(Model):
     # ------------------------------------------------------------------ training
 
     @torch.no_grad()
-    def supervise(self, triplet: ViewTriplet, gaussians: Gaussians) -> TargetTokens:
+    def supervise(self, triplet: ViewTriplet, geometry: Geometry) -> TargetTokens:
         """The teacher's tokens of the context views, brought to the target view (paper sections 3.3 and 3.4)."""
         context, target = triplet.context, triplet.target
         tokens = self.teacher_tokens(context.images)
-        camera = target.camera(0)
-        supervision = dense_supervision(
-            tokens,
-            context.masks,
-            (context.height, context.width),
-            gaussians,
-            camera,
-            target.mask(0),
-            self._settings,
-        )
-        h, w = supervision.coverage.shape
-        everywhere = torch.ones_like(supervision.coverage, dtype=torch.bool)
+        black = None
+        if isinstance(geometry, Gaussians) and self.config.supervision.path == "dense":
+            dense = dense_supervision(
+                tokens,
+                context.masks,
+                (context.height, context.width),
+                geometry,
+                target.camera(0),
+                target.mask(0),
+                self._settings,
+            )
+            wanted, coverage, isolated = dense.tokens, dense.coverage, dense.lifted.isolated
+            if self.operators.marks_black:
+                black = self.operators.black(triplet, geometry)
+        else:
+            operator = self.operators.make(triplet, geometry) if isinstance(geometry, Gaussians) else geometry
+            wanted = operator(tokens, self._settings.blending)
+            coverage, isolated, black = operator.coverage, operator.isolated, operator.black
+        everywhere = torch.ones_like(coverage, dtype=torch.bool)
         nowhere = ~everywhere
         if self.config.supervision.uncovered == "drop":
-            learned = supervision.coverage >= self.config.supervision.min_coverage
-            return TargetTokens(supervision.tokens, learned, nowhere, supervision)
-        if self.config.supervision.uncovered == "keep":
-            return TargetTokens(supervision.tokens, everywhere, nowhere, supervision)
-        black = black_tokens(splat_colours(gaussians, context, camera).features, h, w)
-        return TargetTokens(supervision.tokens.masked_fill(black[..., None], 0.0), everywhere, black, supervision)
+            learned = coverage >= self.config.supervision.min_coverage
+            return TargetTokens(wanted, learned, nowhere, coverage, isolated)
+        if black is None:
+            return TargetTokens(wanted, everywhere, nowhere, coverage, isolated)
+        return TargetTokens(wanted.masked_fill(black[..., None], 0.0), everywhere, black, coverage, isolated)
 
     def _learned_target_tokens(self, triplet: ViewTriplet, gaussians: Gaussians) -> Float[Tensor, "n c"]:
         target = self.supervise(triplet, gaussians)
@@ -216,13 +235,13 @@ class SnDModel(Model):
         return self.student.backbone(images)
 
     def forward(  # type: ignore[override]
-        self, triplets: list[ViewTriplet], gaussians: list[Gaussians], seed: int = 0
+        self, triplets: list[ViewTriplet], geometry: list, seed: int = 0
     ) -> Dict[str, Tensor]:
         """Loss and metrics of some triplets; goes through DDP's wrapper, so it returns all the loss needs.
 
         Args:
             triplets: all of one image size; none gives a loss of 0.
-            gaussians: of each triplet's context views.
+            geometry: of each triplet: the Gaussians of its context views, or its token operator.
             seed: of the dropout in this step.
 
         Returns:
@@ -235,7 +254,7 @@ class SnDModel(Model):
         devices = [images.device] if images.is_cuda else []
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(seed)
-            targets = [self.supervise(t, g) for t, g in zip(triplets, gaussians, strict=True)]
+            targets = [self.supervise(t, g) for t, g in zip(triplets, geometry, strict=True)]
             tokens = self.student_tokens(images)
         zeroed = torch.stack([target.zeroed for target in targets])
         learned = torch.stack([target.learned for target in targets])
@@ -245,9 +264,8 @@ class SnDModel(Model):
             outputs = self._compare(predicted, wanted)
         else:  # nothing was covered; every trained parameter still needs a gradient under DDP
             outputs = {"loss": zero_loss(self.student)}
-        supervisions = [target.supervision for target in targets]
-        outputs["coverage"] = torch.stack([s.coverage.mean() for s in supervisions]).mean()
-        outputs["isolated_pixels"] = torch.stack([s.lifted.isolated for s in supervisions]).mean()
+        outputs["coverage"] = torch.stack([target.coverage.mean() for target in targets]).mean()
+        outputs["isolated_pixels"] = torch.stack([target.isolated for target in targets]).mean()
         outputs["learned_tokens"] = learned.float().mean()
         return outputs
 

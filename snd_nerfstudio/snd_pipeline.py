@@ -10,7 +10,6 @@ from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackAttrib
 from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 
-from snd_nerfstudio.backbones.vit import fingerprint
 from snd_nerfstudio.errors import InputError
 from snd_nerfstudio.profiles import PROFILES, ProfileName, resolve
 from snd_nerfstudio.reconstruction.mvsplat.checks import DegeneratePairError
@@ -18,7 +17,7 @@ from snd_nerfstudio.reconstruction.mvsplat.reconstructor import MVSplatReconstru
 from snd_nerfstudio.reconstruction.quality import reconstruction_quality
 from snd_nerfstudio.scenes.views import ViewTriplet
 from snd_nerfstudio.snd_datamanager import SnDDataManager, SnDDataManagerConfig
-from snd_nerfstudio.snd_model import SnDModel, SnDModelConfig
+from snd_nerfstudio.snd_model import Geometry, SnDModel, SnDModelConfig
 from snd_nerfstudio.snd_triplet_pipeline import (
     TripletPipeline,
     TripletPipelineConfig,
@@ -94,12 +93,17 @@ class SnDPipeline(TripletPipeline):
         grad_scaler: Any = None,
     ) -> None:
         self._set_up(resolved(config), test_mode, world_size, local_rank)
+        if self.config.datamanager.operator_cache is not None and self.config.model.supervision.path == "dense":
+            raise InputError(
+                "--pipeline.model.supervision.path dense does not use token operators, and "
+                "--pipeline.datamanager.operator-cache keeps them: leave one of the two."
+            )
         self.skipped_pairs = 0
         self.schedule_steps = PROFILES[config.profile]["schedule_steps"]
         self.datamanager = self.config.datamanager.setup(
             device=device, test_mode=test_mode, world_size=world_size, local_rank=self.rank, seed=config.seed
         )
-        self.register_buffer("reconstructor_fingerprint", fingerprint(self._reconstructor_weights()))
+        self.register_buffer("reconstructor_fingerprint", self.datamanager.reconstructor_fingerprint)
         if not self.datamanager.with_masks:
             CONSOLE.log("Without instance masks: tokens are upsampled plainly and splatted features are not blended.")
         self._model = self.config.model.setup(
@@ -157,11 +161,6 @@ class SnDPipeline(TripletPipeline):
                 "this data with `ns-train mvsplat`. (--pipeline.warn-below-psnr sets the threshold.)"
             )
 
-    def _reconstructor_weights(self) -> Dict[str, Tensor]:
-        reconstructor = self.datamanager.reconstructor
-        network = reconstructor.network if isinstance(reconstructor, MVSplatReconstructor) else torch.nn.Module()
-        return dict(network.named_parameters())
-
     def _depth_range(self) -> Optional[Tuple[float, float]]:
         reconstructor = self.datamanager.reconstructor
         return (reconstructor.near, reconstructor.far) if isinstance(reconstructor, MVSplatReconstructor) else None
@@ -169,15 +168,33 @@ class SnDPipeline(TripletPipeline):
     # ------------------------------------------------------------------ training
 
     def _step(self, triplets: List[ViewTriplet], seed: int) -> Dict[str, Tensor]:
-        usable, gaussians = [], []
+        usable, geometry = [], []
         for triplet in triplets:
             try:
-                gaussians.append(self.datamanager.reconstruct(triplet.context))
+                geometry.append(self.geometry(triplet))
                 usable.append(triplet)
             except DegeneratePairError as error:
                 self.skipped_pairs += 1
                 CONSOLE.log(f"[yellow]Skipped {triplet.describe()} ({self.skipped_pairs} so far): {error}")
-        return self._model(usable, gaussians, seed)
+        return self._model(usable, geometry, seed)
+
+    @torch.no_grad()
+    def geometry(self, triplet: ViewTriplet) -> Geometry:
+        """What the teacher's path needs of a triplet: its operator from the cache if there is one, or its Gaussians.
+
+        Raises:
+            DegeneratePairError: the reconstructor cannot match the contexts.
+        """
+        operators = self.datamanager.operators
+        if operators is None:
+            return self.datamanager.reconstruct(triplet.context)
+        key = self.model.operators.key(triplet, self.datamanager.reconstructor_description)
+        operator = operators.get(key)
+        if operator is None:
+            gaussians = self.datamanager.reconstruct(triplet.context)
+            operator = self.model.operators.make(triplet, gaussians, for_any_blending=True)
+            operators.put(key, operator)
+        return operator.to(triplet.target.images.device)
 
     def _after_loss(self, step: int) -> None:
         if self.config.model.ema_timing == "before_optimizer":
@@ -201,7 +218,7 @@ class SnDPipeline(TripletPipeline):
     # ------------------------------------------------------------------ evaluation
 
     def _losses(self, triplet: ViewTriplet) -> Dict[str, Tensor]:
-        return self.model([triplet], [self.datamanager.reconstruct(triplet.context)])
+        return self.model([triplet], [self.geometry(triplet)])
 
     @torch.no_grad()
     def evaluate(self, triplet: ViewTriplet) -> Tuple[Dict[str, float], Dict[str, Tensor]]:

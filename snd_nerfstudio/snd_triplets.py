@@ -5,6 +5,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Optional, Tuple, Type, Union
 
+import numpy as np
 import torch
 from nerfstudio.configs.dataparser_configs import AnnotatedDataParserUnion
 from nerfstudio.data.datamanagers.base_datamanager import DataManager, DataManagerConfig
@@ -72,6 +73,9 @@ class TripletDataManagerConfig(DataManagerConfig):
     """Where near and far come from if they are not given: `scene` reads them off the dataset's depth maps."""
     triplets_per_step: int = 1
     """Triplets in one training step (per process)."""
+    triplet_pool: Optional[int] = None
+    """Draw all triplets of the training from a fixed list of this many (per process), epoch by epoch in another order.
+    None: new ones at every step."""
     eval_triplets: int = 16
     """How many held-out triplets are evaluated, spread over the held-out scenes."""
     workers: int = 2
@@ -124,17 +128,18 @@ class TripletDataManager(DataManager):
         self.train_frames, self.triplets = self._prepare(train_outputs)
         self._report()
         self.eval_frames: Optional[Frames] = None
-        self._eval_indices: list[TripletIndex] = []
+        self.eval_indices: list[TripletIndex] = []
+        """The held-out triplets."""
         try:
             self.eval_frames, eval_sampler = self._prepare(eval_outputs)
-            self._eval_indices = eval_sampler.spread(config.eval_triplets)
+            self.eval_indices = eval_sampler.spread(config.eval_triplets)
         except NoTripletError as error:
             CONSOLE.log(f"[yellow]Nothing is held out for evaluation: {error}")
         self.train_dataset = scene_images(  # type: ignore
             self.train_frames, train_outputs, self.shown_scene, self.size, VIEWER_FRAMES
         )
         self.eval_dataset = None
-        if self._eval_indices and self.eval_frames is not None:
+        if self.eval_indices and self.eval_frames is not None:
             self.eval_dataset = scene_images(self.eval_frames, eval_outputs, 0, self.size, VIEWER_FRAMES)  # type: ignore
         self._prefetcher = Prefetcher(self._load_step, config.workers, config.prefetch)
 
@@ -204,6 +209,13 @@ class TripletDataManager(DataManager):
         for name in ("triplets_per_step", "workers", "prefetch", "eval_triplets"):
             if getattr(self.config, name) < 1:
                 raise InputError(f"--pipeline.datamanager.{name.replace('_', '-')} must be at least 1.")
+        if self.config.triplet_pool is not None and self.config.triplet_pool < 1:
+            raise InputError("--pipeline.datamanager.triplet-pool must be at least 1, or None.")
+        if self.config.triplet_pool is not None and self.config.gap_warmup_steps:
+            raise InputError(
+                "--pipeline.datamanager.triplet-pool and --pipeline.datamanager.gap-warmup-steps: gaps cannot grow "
+                "where the triplets are fixed; leave one of the two."
+            )
         angle, widest = self.config.max_context_angle, MAX_ANGLE if self.needs_overlap else 180
         if angle is not None and not 0 < angle <= widest:
             raise InputError(
@@ -288,7 +300,14 @@ class TripletDataManager(DataManager):
 
     # ------------------------------------------------------------------ triplets
 
-    def _load(self, frames: Frames, index: TripletIndex, with_depth: bool = False) -> ViewTriplet:
+    def load(self, frames: Frames, index: TripletIndex, with_depth: bool = False) -> ViewTriplet:
+        """Read a triplet's files.
+
+        Args:
+            frames: of which split.
+            index: which frames.
+            with_depth: give contexts and target their depth maps if every frame has one.
+        """
         all_depth = with_depth and frames.has_depth
 
         def views(indices: list[int], depth: bool) -> Views:
@@ -301,9 +320,29 @@ class TripletDataManager(DataManager):
         )
 
     def _load_step(self, step: int) -> list[ViewTriplet]:
-        items, gap = range(self.config.triplets_per_step), self.max_context_gap(step)
-        draw, targets = self.triplets.draw, self.targets_per_pair
-        return [self._load(self.train_frames, draw(self.seed, step, self.rank, item, gap, targets)) for item in items]
+        return [self.load(self.train_frames, index) for index in self.step_indices(step)]
+
+    def step_indices(self, step: int) -> list[TripletIndex]:
+        """The triplets of a training step: a function of (seed, step, rank) alone."""
+        items = self.config.triplets_per_step
+        if self.config.triplet_pool is None:
+            gap, targets = self.max_context_gap(step), self.targets_per_pair
+            return [self.triplets.draw(self.seed, step, self.rank, item, gap, targets) for item in range(items)]
+        return [self.pool_index(number) for number in self._pool_numbers(step)]
+
+    def _pool_numbers(self, step: int) -> list[int]:
+        size, items = self.config.triplet_pool, self.config.triplets_per_step
+        assert size is not None
+        numbers = []
+        for place in range(step * items, (step + 1) * items):
+            epoch, within = divmod(place, size)
+            order = np.random.default_rng([self.seed, epoch, self.rank]).permutation(size)
+            numbers.append(int(order[within]))
+        return numbers
+
+    def pool_index(self, number: int) -> TripletIndex:
+        """A triplet of the fixed list (`triplet_pool`)."""
+        return self.triplets.draw(self.seed, number, self.rank, 0, None, self.targets_per_pair)
 
     def next_train(self, step: int) -> list[ViewTriplet]:  # type: ignore[override]
         """The triplets of a training step, on the device: a function of (seed, step, rank) alone."""
@@ -312,7 +351,7 @@ class TripletDataManager(DataManager):
     @property
     def num_eval_triplets(self) -> int:
         """How many held-out triplets there are; 0 if nothing could be held out."""
-        return len(self._eval_indices)
+        return len(self.eval_indices)
 
     def eval_triplet(self, number: int, with_depth: bool = False) -> ViewTriplet:
         """A held-out triplet, on the device.
@@ -322,7 +361,7 @@ class TripletDataManager(DataManager):
             with_depth: give contexts and target their depth maps if every held-out frame has one.
         """
         assert self.eval_frames is not None
-        return self._load(self.eval_frames, self._eval_indices[number], with_depth).to(self.device)
+        return self.load(self.eval_frames, self.eval_indices[number], with_depth).to(self.device)
 
     def train_triplets(self, count: int, with_depth: bool = False) -> list[ViewTriplet]:
         """Training triplets spread over scenes and paths, on the device.
@@ -332,7 +371,7 @@ class TripletDataManager(DataManager):
             with_depth: give contexts and targets their depth maps if every training frame has one.
         """
         indices = self.triplets.spread(count)
-        return [self._load(self.train_frames, index, with_depth).to(self.device) for index in indices]
+        return [self.load(self.train_frames, index, with_depth).to(self.device) for index in indices]
 
     # ------------------------------------------------------------------ what nerfstudio and its viewer ask for
 

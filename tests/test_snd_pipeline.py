@@ -10,7 +10,6 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from snd_nerfstudio import snd_triplets
-from snd_nerfstudio.backbones.vit import fingerprint
 from snd_nerfstudio.errors import InputError
 from snd_nerfstudio.snd_pipeline import load_trained_model, strip_prefixes
 from tests.test_snd_mvsplat_pipeline import turn_every_second_camera
@@ -18,7 +17,7 @@ from tests.test_snd_mvsplat_pipeline import turn_every_second_camera
 
 def test_evaluation_needs_something_held_out(tiny_config):
     pipeline = tiny_config.pipeline.setup(device="cpu")
-    pipeline.datamanager._eval_indices = []
+    pipeline.datamanager.eval_indices = []
     with pytest.raises(InputError, match="Nothing is held out"):
         pipeline.get_average_eval_image_metrics()
 
@@ -96,7 +95,7 @@ def test_the_measurement_can_be_left_out_and_needs_nothing_held_out(tiny_config,
     tiny_config.pipeline.checked_triplets = 2
     pipeline = tiny_config.pipeline.setup(device="cpu")
     capsys.readouterr()
-    pipeline.datamanager._eval_indices = []
+    pipeline.datamanager.eval_indices = []
     pipeline._check_reconstruction()
     assert "target views of 2 training triplets" in printed(capsys)
 
@@ -172,8 +171,8 @@ def test_a_checkpoint_that_was_trained_with_another_reconstructor_is_refused(wit
     pipeline.load_pipeline(state, 3)
     with torch.no_grad():  # as if the run that the flag names had been trained on
         pipeline.datamanager.reconstructor.network.encoder.stem.weight[0, 0, 0, 0] += 1e-3
-    changed = pipeline._reconstructor_weights()
-    pipeline.reconstructor_fingerprint = fingerprint(changed)
+    del vars(pipeline.datamanager)["reconstructor_fingerprint"]
+    pipeline.reconstructor_fingerprint = pipeline.datamanager.reconstructor_fingerprint
     with pytest.raises(InputError, match="step 3 was trained with another reconstructor"):
         pipeline.load_pipeline(state, 3)
     with_mvsplat.pipeline.datamanager.reconstructor = "depth"

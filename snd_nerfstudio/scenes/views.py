@@ -66,6 +66,8 @@ class ViewTriplet:
     """The target view; several of them where a method learns from more than one (photometric training)."""
     scene: str
     """Name of the scene, for messages."""
+    digest: str = ""
+    """Hash of what the token operator depends on (`supervision.operator_cache`); empty where not asked for."""
 
     def to(self, device: torch.device | str) -> "ViewTriplet":
         """The same triplet on another device."""

@@ -396,8 +396,8 @@ def falloff(exponent: float) -> float:
 @overload(falloff)
 @no_type_check
 def _compiled_falloff(exponent):
-    """For float32 a polynomial that compilers can vectorise, relative error 2e-7 where the exponent is below 10; for
-    an exponent that is negative or beyond 80 anything may come out."""
+    """For float32 a polynomial that compilers can vectorise: relative error 6e-7 for exponents from 0 to ln 255, beyond
+    which alpha is too faint; for one that is negative or beyond 80 anything may come out."""
     if exponent != numba.float32:
         return lambda exponent: np.exp(-exponent)
     to_log2, magic = np.float32(-1.4426950408889634), np.float32(12582912.0)  # 1.5 * 2**23: adding it rounds

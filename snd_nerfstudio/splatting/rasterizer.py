@@ -70,7 +70,7 @@ def rasterize(
         for tensor in (gaussians.means, gaussians.quats, gaussians.scales, gaussians.opacities, features)
     )
     camera = camera.to(device=gaussians.device, dtype=gaussians.dtype)
-    _check_values(gaussians, camera)
+    check_values(gaussians, camera)
     if engine == "auto":
         engine = "gsplat" if gaussians.device.type == "cuda" else "numba"
     if footprint == "squared":
@@ -153,7 +153,7 @@ def _check_constant(camera: PinholeCamera) -> None:
         )
 
 
-def _check_values(gaussians: Gaussians, camera: PinholeCamera) -> None:
+def check_values(gaussians: Gaussians, camera: PinholeCamera) -> None:
     """Raise ValueError for values with which no image is defined."""
     fields = (gaussians.means, gaussians.quats, gaussians.scales, gaussians.opacities)
     # One sum per field is non-finite if any entry is (or if the sum overflows, which the exact count then forgives).

@@ -637,7 +637,7 @@ def corner_weights(
 @compiled(parallel=True)
 @no_type_check
 def majority_labels(mask, count, h, w):
-    """`upsampling.token_labels` by majority, for ids below `count`."""
+    """`upsampling.token_labels` by majority, for ids from 0 to below `count`; at least one pixel per token."""
     height, width = mask.shape
     labels = np.empty(h * w, mask.dtype)
     # The pixels whose centre lies in token row i, as in the twin: floor((y + 0.5) h / H).
