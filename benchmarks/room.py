@@ -89,7 +89,9 @@ def _look(
     walls = torch.where(directions > 0, half - origin, -half - origin) / directions
     depth, wall = walls.min(dim=-1)
     place = origin + depth[..., None] * directions
-    along = [torch.floor(place.gather(-1, ((wall + step) % 3)[..., None])[..., 0] / PANEL).long() + 4 for step in (1, 2)]
+    along = [
+        torch.floor(place.gather(-1, ((wall + step) % 3)[..., None])[..., 0] / PANEL).long() + 4 for step in (1, 2)
+    ]
     side = (directions.gather(-1, wall[..., None])[..., 0] > 0).long()
     instance = ((wall * 2 + side) * 10 + along[0]) * 10 + along[1]
     for number, (low, high) in enumerate(zip(*boxes)):
