@@ -2,8 +2,9 @@
 
 Projection, sorting into tiles and the weights of one Gaussian's box, compiled by numba. Compositing features
 (`numba_engine.py`), pushing gradients back (`numba_gradients.py`) and summing weights to tokens
-(`supervision/token_kernel.py`) find the same hits with the same bits, because those come from the functions here: no
-contraction into fused multiply-adds, which a compiler may do in one caller and not in another.
+(`supervision/token_kernel.py`) find the same hits with the same bits, because those come from the functions here.
+Multiply-adds are fused where `fma` says so and nowhere else: a compiler that may contract does so in one caller and not
+in another.
 
 numba's on-disk cache notices changes of a function's own file only: clear every `__pycache__` after editing a function
 here that is compiled into others. They carry `no_type_check`, because numba can compile a function but not the run-time
@@ -18,7 +19,7 @@ import numba
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from numba.extending import overload
+from numba.extending import intrinsic, overload
 from torch import Tensor
 
 from snd_nerfstudio.splatting.gaussians import Gaussians, PinholeCamera
@@ -388,6 +389,19 @@ def tile_areas(starts, members, boxes, height, width, tile_size):
 # ---------------------------------------------------------------------- weights
 
 
+@intrinsic
+@no_type_check
+def _fma(typing_context, a, b, c):
+    def generate(context, builder, signature, values):
+        return builder.fma(*values)
+
+    return a(a, a, a), generate
+
+
+fma: Any = _fma
+"""`fma(a, b, c) = a * b + c`, rounded once; inside compiled functions only."""
+
+
 def falloff(exponent: float) -> float:
     """`exp(-exponent)`; inside compiled functions only."""
     return math.exp(-exponent)
@@ -405,10 +419,9 @@ def _compiled_falloff(exponent):
     c3, c4, c5 = np.float32(5.550713275e-2), np.float32(9.675541331e-3), np.float32(1.327647152e-3)
 
     def fast(exponent):
-        power = exponent * to_log2
-        whole = (power + magic) - magic
-        part = power - whole
-        value = ((((c5 * part + c4) * part + c3) * part + c2) * part + c1) * part + c0  # 2**part, minimax
+        whole = fma(exponent, to_log2, magic) - magic
+        part = fma(exponent, to_log2, -whole)
+        value = fma(fma(fma(fma(fma(c5, part, c4), part, c3), part, c2), part, c1), part, c0)  # 2**part, minimax
         return value * np.int32((np.int32(127) + np.int32(whole)) << np.int32(23)).view(np.float32)
 
     return fast
@@ -459,11 +472,11 @@ def weigh_box(
         for lane in range(LANES):
             number = kind(np.int32(lane))
             dx = mean_x - (first + number)
-            exponent = (half_xx * dx + row_slope) * dx + row_term
+            exponent = fma(fma(half_xx, dx, row_slope), dx, row_term)
             alpha = opacity * falloff(exponent)
             alpha = alpha if alpha < max_alpha else max_alpha
             before = transmittance[start + np.uint64(lane)]
-            after = before * (one - alpha)
+            after = fma(-alpha, before, before)
             # Written so that a NaN is skipped; beyond the limit alpha is surely too faint.
             hit = (exponent >= zero) & (exponent <= limit) & (alpha >= min_alpha) & (number < end)
             taken = hit & (after > min_transmittance)

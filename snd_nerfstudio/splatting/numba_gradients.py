@@ -36,6 +36,7 @@ from snd_nerfstudio.splatting.hits import (
     engine_lock,
     falloff,
     find_tiles,
+    fma,
     footprints_of,
     tile_areas,
 )
@@ -357,8 +358,8 @@ def _push_back_hits(
 @compiled()
 @no_type_check
 def _is_capped(dx, dy, conic, opacity, max_alpha, half):
-    """Whether `weigh_box` capped this hit: its operations in its order, and like there without contraction."""
-    exponent = (half * conic[0] * dx + conic[1] * dy) * dx + half * conic[2] * dy * dy
+    """Whether `weigh_box` capped this hit: its operations in its order."""
+    exponent = fma(fma(half * conic[0], dx, conic[1] * dy), dx, half * conic[2] * dy * dy)
     return opacity * falloff(exponent) > max_alpha
 
 

@@ -31,7 +31,7 @@ from snd_nerfstudio.splatting.hits import (
     weigh_box,
 )
 
-TILE = 48
+TILE = 64
 """Side of a tile, pixels: its transmittances fit the L1 cache, and few Gaussians overlap two tiles."""
 STRIDE = TILE + LANES
 """Pixels between rows of a tile's transmittances: the last 16 may be read and written, but belong to no pixel."""
