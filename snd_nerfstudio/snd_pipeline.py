@@ -64,6 +64,19 @@ def resolved(config: SnDPipelineConfig) -> SnDPipelineConfig:
     )
 
 
+def check_cache(config: SnDPipelineConfig) -> None:
+    """Refuse a cache of operators together with a path that uses none.
+
+    Raises:
+        InputError: both are asked for.
+    """
+    if config.datamanager.operator_cache is not None and config.model.supervision.path == "dense":
+        raise InputError(
+            "--pipeline.model.supervision.path dense does not use token operators, and "
+            "--pipeline.datamanager.operator-cache keeps them: leave one of the two."
+        )
+
+
 class SnDPipeline(TripletPipeline):
     """Wraps the datamanager (triplets, Gaussians) and the model (teacher, student).
 
@@ -93,11 +106,7 @@ class SnDPipeline(TripletPipeline):
         grad_scaler: Any = None,
     ) -> None:
         self._set_up(resolved(config), test_mode, world_size, local_rank)
-        if self.config.datamanager.operator_cache is not None and self.config.model.supervision.path == "dense":
-            raise InputError(
-                "--pipeline.model.supervision.path dense does not use token operators, and "
-                "--pipeline.datamanager.operator-cache keeps them: leave one of the two."
-            )
+        check_cache(self.config)
         self.skipped_pairs = 0
         self.schedule_steps = PROFILES[config.profile]["schedule_steps"]
         self.datamanager = self.config.datamanager.setup(
@@ -114,6 +123,7 @@ class SnDPipeline(TripletPipeline):
         self.model.to(device)
         self._distribute(device, local_rank)
         if test_mode == "val":  # that is, when training starts
+            _ = self.datamanager.operators  # a cache that cannot be used is said now, not at the first step
             self._check_reconstruction()
         shown = self.datamanager.shown_triplet
         gaussians = self.datamanager.reconstruct(shown.context)

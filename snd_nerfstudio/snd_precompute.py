@@ -64,10 +64,11 @@ def outcomes(config: Any, part: int, parts: int) -> Iterator[Tuple[str, int]]:
     from snd_nerfstudio.backbones.registry import BACKBONES
     from snd_nerfstudio.reconstruction.mvsplat.checks import DegeneratePairError
     from snd_nerfstudio.scenes.prefetch import Prefetcher
-    from snd_nerfstudio.snd_pipeline import resolved
+    from snd_nerfstudio.snd_pipeline import check_cache, resolved
     from snd_nerfstudio.supervision.operator_maker import OperatorMaker
 
     pipeline = resolved(config.pipeline)
+    check_cache(pipeline)
     model = pipeline.model
     if model.backbone not in BACKBONES:
         raise InputError(f"Unknown backbone --pipeline.model.backbone {model.backbone}: choose {', '.join(BACKBONES)}.")

@@ -1,4 +1,5 @@
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from snd_nerfstudio.errors import InputError
 from snd_nerfstudio.profiles import resolve
 from snd_nerfstudio.snd_datamanager import SnDDataManagerConfig
 from snd_nerfstudio.splatting import rasterize
+from snd_nerfstudio.supervision.operator_cache import content_digest
 
 
 def manager(data: Path, **settings):
@@ -160,3 +162,62 @@ def test_a_wider_angle_than_mvsplat_takes_is_refused(rooms, mvsplat_file):
     with pytest.raises(InputError, match="max-context-angle 150.*up to 120, beyond which MVSplat takes no pair"):
         with_mvsplat(rooms, mvsplat_file, max_context_angle=150.0)
     assert manager(rooms, max_context_angle=150.0).max_context_angle == 150.0
+
+
+# ---------------------------------------------------------------------- what operators are cached under
+
+
+def test_without_a_cache_nothing_is_hashed_and_nothing_is_opened(rooms, tmp_path):
+    data = manager(rooms)
+    assert data.operators is None and data.next_train(0)[0].digest == "" == data.eval_triplet(0).digest
+    data = manager(rooms, operator_cache=tmp_path / "operators", operator_cache_limit=0.25)
+    assert data.operators.folder == tmp_path / "operators" and data.operators.limit == 0.25e9
+    assert data.operators is data.operators  # opened once
+
+
+@pytest.mark.parametrize("limit", [0.0, -1.0])
+def test_a_cache_that_may_hold_nothing_is_refused(rooms, tmp_path, limit):
+    with pytest.raises(InputError, match="--pipeline.datamanager.operator-cache-limit must be above 0"):
+        manager(rooms, operator_cache=tmp_path, operator_cache_limit=limit)
+
+
+def test_a_cache_in_the_place_of_a_file_is_refused(rooms, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="--pipeline.datamanager.operator-cache .*file cannot be written to"):
+        manager(rooms, operator_cache=tmp_path / "file").operators
+
+
+def test_a_triplet_s_digest_is_that_of_what_the_reconstructor_reads(rooms, mvsplat_file, tmp_path):
+    by_depth, by_matching = (
+        make(operator_cache=tmp_path)
+        for make in (
+            lambda **cache: manager(rooms, **cache),
+            lambda **cache: with_mvsplat(rooms, mvsplat_file, **cache),
+        )
+    )
+    for data in (by_depth, by_matching):
+        plain, reported = data.eval_triplet(1), data.eval_triplet(1, with_depth=True)
+        assert reported.target.depths is not None and plain.target.depths is None
+        assert len(plain.digest) == 64 and plain.digest == reported.digest == content_digest(plain)
+        assert len({data.eval_triplet(n).digest for n in range(4)} | {data.next_train(0)[0].digest}) == 5
+        assert data.next_train(0)[0].digest == data.load(data.train_frames, data.step_indices(0)[0]).digest
+        assert plain.to("cpu").digest == plain.digest
+    triplet = by_depth.eval_triplet(1)
+    nearer = replace(triplet, context=replace(triplet.context, depths=triplet.context.depths * 0.9))
+    assert content_digest(nearer) != triplet.digest != by_matching.eval_triplet(1).digest
+
+
+def test_the_reconstructor_s_description_tells_its_kind_weights_and_depths(rooms, mvsplat_file):
+    by_depth = manager(rooms).reconstructor_description
+    assert by_depth == manager(rooms).reconstructor_description and "0.3" in by_depth and "0.95" in by_depth
+    data = with_mvsplat(rooms, mvsplat_file)
+    descriptions = {by_depth, data.reconstructor_description}
+    assert data.reconstructor_description == with_mvsplat(rooms, mvsplat_file).reconstructor_description
+    for flags in ({"near": 0.5}, {"far": 9.0}):
+        descriptions.add(with_mvsplat(rooms, mvsplat_file, **flags).reconstructor_description)
+    other = with_mvsplat(rooms, mvsplat_file)
+    with torch.no_grad():
+        next(other.reconstructor.network.parameters()).mul_(1.001)
+    descriptions.add(other.reconstructor_description)
+    assert len(descriptions) == 5
+    assert manager(rooms).reconstructor_fingerprint.shape == (32,)

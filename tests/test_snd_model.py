@@ -155,6 +155,29 @@ def test_uncovered_tokens_are_dropped_kept_or_zeroed(tiny_config):
     assert (outputs["zero"].tokens[outputs["zero"].zeroed] == 0).all()
 
 
+@pytest.mark.parametrize("blending", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("profile", ["fixed", "paper", "official"])
+def test_target_tokens_are_the_same_from_an_operator_from_gaussians_and_step_by_step(tiny_config, profile, blending):
+    tiny_config.pipeline.profile = profile
+    tiny_config.pipeline.model.supervision.blending = blending
+    assert tiny_config.pipeline.model.supervision.path == "token"
+    token = tiny_config.pipeline.setup(device="cpu", test_mode="test")
+    tiny_config.pipeline.model.supervision.path = "dense"
+    dense = tiny_config.pipeline.setup(device="cpu", test_mode="test").model
+    (triplet,) = token.datamanager.next_train(0)
+    triplet.context.depths[:, :, 30:] = 0  # the right side of both contexts has no geometry
+    gaussians = token.datamanager.reconstruct(triplet.context)
+    operator = token.model.operators.make(triplet, gaussians, for_any_blending=True)
+    assert operator.blendable and (operator.black is not None) == (profile == "official")
+    expected = dense.supervise(triplet, gaussians)
+    for found in (token.model.supervise(triplet, gaussians), token.model.supervise(triplet, operator)):
+        torch.testing.assert_close(found.tokens, expected.tokens, rtol=0, atol=1e-4)
+        torch.testing.assert_close(found.coverage, expected.coverage, rtol=0, atol=1e-5)
+        torch.testing.assert_close(found.isolated, expected.isolated, rtol=0, atol=1e-6)
+        assert torch.equal(found.learned, expected.learned) and torch.equal(found.zeroed, expected.zeroed)
+    assert expected.learned.all() == (profile != "fixed") and expected.zeroed.any() == (profile == "official")
+
+
 def test_a_step_without_any_covered_token_has_no_loss_but_gradients(pipeline):
     (triplet,) = pipeline.datamanager.next_train(0)
     gaussians = pipeline.datamanager.reconstruct(triplet.context)

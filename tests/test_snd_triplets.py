@@ -119,6 +119,12 @@ def test_too_few_frames_to_hold_some_out_is_said_and_not_fatal(capture, capsys):
         ({"masks": "stored"}, "--pipeline.datamanager.masks none"),
         ({"image_size": (7, 84)}, "image-size"),
         ({"workers": 0}, "--pipeline.datamanager.workers must be at least 1"),
+        ({"triplet_pool": 0}, "--pipeline.datamanager.triplet-pool must be at least 1"),
+        ({"triplet_pool": -3}, "--pipeline.datamanager.triplet-pool must be at least 1"),
+        (
+            {"triplet_pool": 9, "initial_max_context_gap": 9, "gap_warmup_steps": 9},
+            "--pipeline.datamanager.triplet-pool and --pipeline.datamanager.gap-warmup-steps: .*leave one",
+        ),
         ({"max_context_angle": 0.0}, "--pipeline.datamanager.max-context-angle 0: give degrees"),
         ({"max_context_angle": float("nan")}, "--pipeline.datamanager.max-context-angle nan"),
         ({"max_context_angle": 1e-3}, "pairs look more than 0.001 degrees apart"),
@@ -269,3 +275,64 @@ def test_bounds_of_a_scene_without_depth_name_the_flags(capture):
         data.depth_range
     given = several(capture, 1, dataparser=NerfstudioScenesConfig(), bounds="scene", near=1.0, far=2.0)
     assert given.depth_range == (1.0, 2.0)
+
+
+# ---------------------------------------------------------------------- a fixed list of triplets
+
+
+def ranked(data: Path, rank: int = 0, seed: int = 5, **settings):
+    config = TripletDataManagerConfig(data=data, image_size=(56, 84), eval_triplets=4, **settings)
+    return resolve(config, "fixed").setup(device="cpu", seed=seed, local_rank=rank)
+
+
+@pytest.mark.parametrize("items", [1, 3])
+def test_every_epoch_visits_each_triplet_of_the_pool_once_in_another_order(rooms, items):
+    data = ranked(rooms, triplet_pool=7, triplets_per_step=items)
+    pool = [data.pool_index(number) for number in range(7)]
+    assert len(set(pool)) == 7  # none was drawn twice here
+    visited = [index for step in range(42 // items) for index in data.step_indices(step)]
+    epochs = [visited[7 * epoch : 7 * (epoch + 1)] for epoch in range(6)]
+    assert all(set(epoch) == set(pool) and len(epoch) == 7 for epoch in epochs)
+    assert len(set(map(tuple, epochs))) == 6
+
+
+def test_a_step_s_triplets_of_a_pool_are_a_function_of_seed_step_and_rank(rooms):
+    def steps_of(order, **settings):
+        data = ranked(rooms, triplet_pool=5, triplets_per_step=2, **settings)
+        found = {step: data.step_indices(step) for step in order}
+        return [found[step] for step in range(12)]
+
+    usual = steps_of(range(12))
+    assert usual == steps_of(reversed(range(12))) == steps_of(range(12), workers=1, prefetch=1)
+    for other in (steps_of(range(12), rank=1), steps_of(range(12), seed=6)):
+        assert other != usual
+        # another list, not only another order
+        assert {index for step in other for index in step} != {index for step in usual for index in step}
+
+
+def test_what_is_loaded_is_what_the_pool_says(rooms):
+    data = ranked(rooms, triplet_pool=3, triplets_per_step=2)
+    for step in (0, 1, 2, 7):
+        loaded = [triplet.describe() for triplet in data.next_train(step)]
+        assert loaded == [data.load(data.train_frames, index).describe() for index in data.step_indices(step)]
+    assert len({data.next_train(step)[0].describe() for step in range(12)}) == 3
+
+
+def test_a_larger_pool_begins_with_the_smaller_one_and_a_pool_of_one_is_one_triplet(rooms):
+    small, large, single = (ranked(rooms, triplet_pool=size) for size in (4, 9, 1))
+    assert [small.pool_index(n) for n in range(4)] == [large.pool_index(n) for n in range(4)]
+    assert {single.step_indices(step)[0] for step in range(5)} == {small.pool_index(0)}
+
+
+def test_without_a_pool_every_step_draws_anew(rooms):
+    data = ranked(rooms, triplets_per_step=2)
+    assert len({index for step in range(20) for index in data.step_indices(step)}) > 30
+    assert data.step_indices(3) == [data.triplets.draw(5, 3, 0, item) for item in range(2)]
+
+
+def test_a_pool_may_have_several_targets_per_pair(rooms):
+    data = several(rooms, 3, triplet_pool=4)
+    assert all(len(index.more_targets) == 2 for step in range(8) for index in data.step_indices(step))
+    (triplet,) = data.next_train(0)
+    assert triplet.target.images.shape == (3, 3, 28, 42)
+    assert len({data.step_indices(step)[0] for step in range(8)}) == 4

@@ -11,11 +11,13 @@ other frames, cameras, masks, reconstructor weights or settings it is another na
 import hashlib
 import json
 import os
+import re
 import shutil
 import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,8 @@ NARROW = 1 << 16
 """Matrices with more columns than this have wider column indices."""
 ABANDONED_AFTER = 24 * 3600.0
 """Seconds after which a temporary file is taken to be of a process that was killed."""
+TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.tmp")
+"""Names of files that are being written."""
 COUNT_EVERY = 256
 """Files written between counts of what other processes wrote to the same folder."""
 
@@ -118,12 +122,13 @@ def decode(contents: bytes, key: str) -> TokenOperator:
     """
     try:
         metadata = json.loads(contents[8 : 8 + int.from_bytes(contents[:8], "little")])["__metadata__"]
+        written_key, checksum = metadata["key"], metadata["checksum"]
         arrays = load_safetensors(contents)
     except Exception as error:  # safetensors raises an exception of its own, json and slicing others
         raise ValueError(f"not a readable file ({error})") from error
-    if metadata.get("key") != key:
+    if written_key != key:
         raise ValueError("the file of another operator")
-    if metadata.get("checksum") != _checksum(arrays):
+    if checksum != _checksum(arrays):
         raise ValueError("its checksum is wrong")
     black = arrays.get("black")
     return TokenOperator(
@@ -222,17 +227,23 @@ class OperatorCache:
         return self.path(key).is_file()
 
     def get(self, key: str) -> TokenOperator | None:
-        """The operator, or None if there is none; a damaged file is deleted and reported."""
+        """The operator, or None if there is none that can be read; a damaged file is deleted and reported."""
         path = self.path(key)
         try:
-            operator = decode(path.read_bytes(), key)
+            contents = path.read_bytes()
         except FileNotFoundError:
             self._add("missing")
             return None
+        except OSError as error:
+            self._add("missing")
+            self._log(f"The cached operator {path} cannot be read ({error}); it is built anew.")
+            return None
+        try:
+            operator = decode(contents, key)
         except ValueError as error:
             self._add("damaged")
             self._log(f"The cached operator {path} is damaged ({error}); it is built anew.")
-            path.unlink(missing_ok=True)
+            self._delete(path)
             return None
         self._add("found")
         return operator
@@ -247,14 +258,16 @@ class OperatorCache:
         try:
             path.parent.mkdir(exist_ok=True)
             temporary.write_bytes(contents)
+            replaced = _size_of(path)
             os.replace(temporary, path)
         except OSError as error:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                temporary.unlink()
             self._add("turned_away")
             self._tell_full(f"The operator cache {self.folder} cannot be written to ({error})")
             return False
         with self._lock:
-            self._bytes += len(contents)
+            self._bytes += len(contents) - replaced
             self._since_count += 1
             self.statistics.written += 1
         return True
@@ -289,19 +302,26 @@ class OperatorCache:
                 "are built at every use."
             )
 
+    def _delete(self, path: Path) -> None:
+        size = _size_of(path)
+        with suppress(OSError):
+            path.unlink()
+            with self._lock:
+                self._bytes -= size
+
     def _count(self) -> int:
-        total = 0
-        for path in self.folder.glob("??/*.safetensors"):
-            try:
-                total += path.stat().st_size
-            except FileNotFoundError:  # deleted meanwhile
-                continue
-        return total
+        return sum(_size_of(path) for path in self.folder.glob("??/*.safetensors"))
 
     def _remove_abandoned(self) -> None:
-        for path in self.folder.glob("**/.*.tmp"):
-            try:
-                if time.time() - path.stat().st_mtime > ABANDONED_AFTER:
-                    path.unlink(missing_ok=True)
-            except FileNotFoundError:
-                continue
+        for path in [*self.folder.glob(".*.tmp"), *self.folder.glob("??/.*.tmp")]:
+            with suppress(OSError):  # another process may be faster
+                if TEMPORARY.fullmatch(path.name) and time.time() - path.stat().st_mtime > ABANDONED_AFTER:
+                    path.unlink()
+
+
+def _size_of(path: Path) -> int:
+    """Bytes of a file; 0 if there is none."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
