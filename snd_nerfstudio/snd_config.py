@@ -4,7 +4,6 @@ from typing import Optional
 
 import torch
 from nerfstudio.configs.base_config import LocalWriterConfig, LoggingConfig, MachineConfig, ViewerConfig
-from nerfstudio.engine.optimizers import AdamOptimizerConfig
 from nerfstudio.engine.trainer import TrainerConfig
 from nerfstudio.plugins.types import MethodSpecification
 from nerfstudio.utils.rich_utils import CONSOLE
@@ -21,7 +20,7 @@ from snd_nerfstudio.snd_model import SnDModelConfig, SupervisionConfig
 from snd_nerfstudio.snd_mvsplat_model import MVSplatModelConfig
 from snd_nerfstudio.snd_mvsplat_pipeline import MVSplatDataManagerConfig, MVSplatPipelineConfig
 from snd_nerfstudio.snd_pipeline import SnDPipelineConfig
-from snd_nerfstudio.snd_trainer import SnDTrainerConfig, WarmupCosineConfig
+from snd_nerfstudio.snd_trainer import FusedAdamConfig, SnDTrainerConfig, WarmupCosineConfig
 from snd_nerfstudio.snd_triplet_pipeline import TripletPipelineConfig
 
 
@@ -52,7 +51,7 @@ def trainer(
         pipeline=pipeline,
         optimizers={
             group: {
-                "optimizer": AdamOptimizerConfig(lr=rate, max_norm=largest_gradient),
+                "optimizer": FusedAdamConfig(lr=rate, max_norm=largest_gradient),
                 "scheduler": WarmupCosineConfig(),
             }
             for group, rate in learning_rates.items()

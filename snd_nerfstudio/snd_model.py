@@ -102,6 +102,8 @@ class SnDModelConfig(ModelConfig):
     """Leave the adapters' dropout on in the teacher. None: as the profile says."""
     supervision: SupervisionConfig = field(default_factory=SupervisionConfig)
     """The teacher's path."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic of the backbones' matrix products (autocast); geometry, head and loss are float32 either way."""
 
 
 class Student(nn.Module):
@@ -228,11 +230,18 @@ class SnDModel(Model):
 
     def teacher_tokens(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b h w c"]:
         """Tokens of the EMA teacher, without gradient; without dropout but for ``teacher_dropout`` in training mode."""
-        return self.teacher.call(self.student, "backbone", images, self.training and bool(self.config.teacher_dropout))
+        dropout = self.training and bool(self.config.teacher_dropout)
+        with self._arithmetic(images.device):
+            return self.teacher.call(self.student, "backbone", images, dropout).float()
+
+    def _arithmetic(self, device: torch.device) -> torch.autocast:
+        """Autocast to bfloat16 where that is asked for."""
+        return torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.config.precision == "bfloat16")
 
     def student_tokens(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b h w c"]:
         """Tokens of the student; with gradient and dropout while the model is in training mode."""
-        return self.student.backbone(images)
+        with self._arithmetic(images.device):
+            return self.student.backbone(images).float()
 
     def forward(  # type: ignore[override]
         self, triplets: list[ViewTriplet], geometry: list, seed: int = 0

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Optional, Type
 
 import torch
-from nerfstudio.engine.optimizers import Optimizers
+from nerfstudio.engine.optimizers import AdamOptimizerConfig, Optimizers
 from nerfstudio.engine.schedulers import Scheduler, SchedulerConfig
 from nerfstudio.engine.trainer import Trainer, TrainerConfig
 from nerfstudio.utils.decorators import check_main_thread
@@ -46,6 +46,14 @@ class WarmupCosine(Scheduler):
         if steps is None or steps < 1:
             raise InputError(f"The learning-rate schedule has {steps} steps: give at least 1 as --max-num-iterations.")
         return LambdaLR(optimizer, lambda step: warmup_cosine(step, steps, warmup_share))
+
+
+@dataclass
+class FusedAdamConfig(AdamOptimizerConfig):
+    """Adam in one pass over each tensor (`benchmarks/training_step.py`)."""
+
+    fused: bool = True
+    """Update weights and moments in one pass instead of one per operation."""
 
 
 @dataclass
