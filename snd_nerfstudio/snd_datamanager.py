@@ -13,7 +13,6 @@ from snd_nerfstudio.backbones.vit import fingerprint
 from snd_nerfstudio.errors import InputError
 from snd_nerfstudio.reconstruction.depth import DepthReconstructor
 from snd_nerfstudio.reconstruction.mvsplat.reconstructor import (
-    MVSplatReconstructor,
     check_given,
     load_reconstructor,
 )
@@ -22,6 +21,7 @@ from snd_nerfstudio.scenes.triplets import TripletIndex
 from snd_nerfstudio.scenes.views import Views, ViewTriplet
 from snd_nerfstudio.snd_triplets import TripletDataManager, TripletDataManagerConfig
 from snd_nerfstudio.splatting import Gaussians
+from snd_nerfstudio.splatting.rasterizer import splatting_engine
 from snd_nerfstudio.supervision.operator_cache import OperatorCache, content_digest
 
 
@@ -95,19 +95,15 @@ class SnDDataManager(TripletDataManager):
 
     @cached_property
     def reconstructor_description(self) -> str:
-        """All that decides what the reconstructor makes of two views: its kind, settings, and a hash of its weights."""
-        reconstructor = self.reconstructor
-        if not isinstance(reconstructor, MVSplatReconstructor):
-            return repr(reconstructor)
+        """All that decides what is made of two views: the reconstructor's kind and settings, a hash of its weights,
+        and what splats."""
         weights = bytes(self.reconstructor_fingerprint.tolist()).hex()
-        return f"{reconstructor.network.settings} {reconstructor.near!r} {reconstructor.far!r} {weights}"
+        return f"{self.reconstructor.description} {weights} {splatting_engine(torch.device(self.device))}"
 
     @cached_property
     def reconstructor_fingerprint(self) -> Tensor:
         """Hash of the reconstructor's weights, 32 bytes; of none where it has none."""
-        reconstructor = self.reconstructor
-        network = reconstructor.network if isinstance(reconstructor, MVSplatReconstructor) else torch.nn.Module()
-        return fingerprint(dict(network.named_parameters()))
+        return fingerprint(dict(self.reconstructor.weights))
 
     @property
     def needs_depth(self) -> bool:

@@ -107,6 +107,8 @@ class SnDPipeline(TripletPipeline):
     ) -> None:
         self._set_up(resolved(config), test_mode, world_size, local_rank)
         check_cache(self.config)
+        if test_mode != "val":  # only training looks things up
+            self.config.datamanager.operator_cache = None
         self.skipped_pairs = 0
         self.schedule_steps = PROFILES[config.profile]["schedule_steps"]
         self.datamanager = self.config.datamanager.setup(
@@ -202,9 +204,18 @@ class SnDPipeline(TripletPipeline):
         operator = operators.get(key)
         if operator is None:
             gaussians = self.datamanager.reconstruct(triplet.context)
-            operator = self.model.operators.make(triplet, gaussians, for_any_blending=True)
-            operators.put(key, operator)
+            operator = operators.keep(key, self.model.operators.make(triplet, gaussians, for_any_blending=True))
         return operator.to(triplet.target.images.device)
+
+    def _report(self, step: int) -> None:
+        super()._report(step)
+        every, operators = self.config.steps_per_report, self.datamanager.operators
+        if operators is not None and every and step and step % every == 0 and self.rank == 0:
+            counts = operators.statistics
+            CONSOLE.log(
+                f"operator cache: {counts.found} found, {counts.missing + counts.damaged} built, {counts.turned_away} "
+                f"without room; it holds {operators.size / 1e6:.1f} MB"
+            )
 
     def _after_loss(self, step: int) -> None:
         if self.config.model.ema_timing == "before_optimizer":

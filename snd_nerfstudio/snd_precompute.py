@@ -125,12 +125,12 @@ def _from_processes(config: Any, processes: int) -> Iterator[Tuple[str, int]]:
         worker.start()
     running = processes
     while running:
+        broken = [worker for worker in workers if worker.exitcode not in (None, 0)]
+        if broken:
+            raise RuntimeError(f"a process of snd-precompute ended with exit code {broken[0].exitcode}")
         try:
             result = results.get(timeout=1.0)
         except queue.Empty:
-            broken = [worker for worker in workers if worker.exitcode not in (None, 0)]
-            if broken:
-                raise RuntimeError(f"a process of snd-precompute ended with exit code {broken[0].exitcode}") from None
             continue
         if result is None:
             running -= 1

@@ -74,8 +74,8 @@ class TripletDataManagerConfig(DataManagerConfig):
     triplets_per_step: int = 1
     """Triplets in one training step (per process)."""
     triplet_pool: Optional[int] = None
-    """Draw all triplets of the training from a fixed list of this many (per process), epoch by epoch in another order.
-    None: new ones at every step."""
+    """Draw all triplets of the training from a fixed list of this many (per process), epoch by epoch in another order;
+    the list is drawn at random and may hold a triplet twice. None: new ones at every step."""
     eval_triplets: int = 16
     """How many held-out triplets are evaluated, spread over the held-out scenes."""
     workers: int = 2

@@ -293,7 +293,7 @@ def test_losses_are_the_same_without_a_cache_and_when_it_is_filled_and_read(cach
     assert (filled.missing, filled.written, filled.found) == (6, 6, 0)
     assert (read.missing, read.written, read.found) == (0, 0, 6) and len(files_of(cached)) == 6
     assert_close(first, plain)
-    assert_close(second, plain)
+    assert second == first  # bit by bit, or a resumed training would differ from one that ran through
 
 
 @pytest.mark.parametrize("profile", ["fixed", "official"])

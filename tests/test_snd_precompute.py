@@ -5,6 +5,7 @@ import os
 import queue
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,9 @@ def files_of(config) -> list[Path]:
 
 def train(config, rank=0):
     """What a training and its evaluations find in the cache."""
-    pipeline = copy.deepcopy(config.pipeline).setup(device="cpu", test_mode="test", local_rank=rank)
+    config = copy.deepcopy(config)
+    config.pipeline.checked_triplets = 0  # the reconstruction is not measured first
+    pipeline = config.pipeline.setup(device="cpu", test_mode="val", local_rank=rank)
     for step in range(config.max_num_iterations):
         pipeline.get_train_loss_dict(step)
     for step in range(0, 400, 50):  # all three held-out ones are among them
@@ -260,6 +263,22 @@ def test_a_worker_that_dies_ends_it_all(config, monkeypatch):
     monkeypatch.setattr(snd_precompute, "_work", _die)
     with pytest.raises(RuntimeError, match="exit code 7"):
         list(snd_precompute._from_processes(config, 1))
+
+
+def _die_beside_a_busy_one(config, part, parts, threads, results):
+    if part == 0:
+        os._exit(7)
+    for _ in range(600):
+        results.put(("built", 600))
+        time.sleep(0.1)
+    results.put(None)
+
+
+@pytest.mark.slow
+def test_a_worker_that_dies_is_noticed_while_another_goes_on(config, monkeypatch):
+    monkeypatch.setattr(snd_precompute, "_work", _die_beside_a_busy_one)
+    with pytest.raises(RuntimeError, match="exit code 7"):
+        list(snd_precompute._from_processes(config, 2))
 
 
 @pytest.mark.slow

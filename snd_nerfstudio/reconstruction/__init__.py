@@ -1,6 +1,9 @@
 """Views to pixel-aligned Gaussians: the protocol and its implementations."""
 
+from collections.abc import Mapping
 from typing import Protocol
+
+from torch import Tensor
 
 from snd_nerfstudio.scenes.views import Views
 from snd_nerfstudio.splatting import Gaussians
@@ -16,6 +19,16 @@ class Reconstructor(Protocol):
     @property
     def needs_depth(self) -> bool:
         """Whether ``views.depths`` must be there."""
+        ...
+
+    @property
+    def description(self) -> str:
+        """Kind and settings: all but `weights` that decides what is reconstructed."""
+        ...
+
+    @property
+    def weights(self) -> Mapping[str, Tensor]:
+        """What was learned, by name; empty where nothing was."""
         ...
 
     def __call__(self, views: Views) -> Gaussians:

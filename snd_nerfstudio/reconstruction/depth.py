@@ -52,6 +52,16 @@ class DepthReconstructor:
     """Opacity where the depth is known; below 1, so that the first of several overlapping neighbours does not win."""
     needs_depth: bool = True
 
+    @property
+    def description(self) -> str:
+        """Kind and settings."""
+        return repr(self)
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """None are needed."""
+        return {}
+
     def __call__(self, views: Views) -> Gaussians:
         """Unproject the depth maps.
 

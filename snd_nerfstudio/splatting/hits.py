@@ -6,13 +6,14 @@ Projection, sorting into tiles and the weights of one Gaussian's box, compiled b
 Multiply-adds are fused where `fma` says so and nowhere else: a compiler that may contract does so in one caller and not
 in another.
 
-numba's on-disk cache notices changes of a function's own file only: clear every `__pycache__` after editing a function
-here that is compiled into others. They carry `no_type_check`, because numba can compile a function but not the run-time
+Functions that are compiled carry `no_type_check`, because numba can compile a function but not the run-time
 shape checker around it.
 """
 
+import hashlib
 import math
 import threading
+from pathlib import Path
 from typing import Any, Callable, NamedTuple, no_type_check
 
 import numba
@@ -49,6 +50,12 @@ RECORD = 8
 engine_lock = threading.Lock()
 
 
+SHARED_SOURCES = hashlib.sha256(
+    b"".join(Path(__file__).with_name(name).read_bytes() for name in ("hits.py", "numba_engine.py", "projection.py"))
+).hexdigest()
+"""Changes with the files whose functions are compiled into other files' functions."""
+
+
 class Footprints(NamedTuple):
     """2D Gaussians on one image, as the compositing functions take them."""
 
@@ -77,9 +84,14 @@ def compiled(**options: Any) -> Callable[[Callable], Callable]:
 
     def decorate(function: Callable) -> Callable:
         try:
-            return numba.njit(cache=True, **options)(function)
+            dispatcher = numba.njit(cache=True, **options)(function)
         except RuntimeError:  # "no locator available": neither __pycache__ nor NUMBA_CACHE_DIR can be written
             return numba.njit(**options)(function)
+        # numba looks at the time of the function's own file only, and these files are compiled into others' functions
+        index = getattr(getattr(dispatcher, "_cache", None), "_cache_file", None)
+        if hasattr(index, "_source_stamp"):
+            index._source_stamp = (index._source_stamp, SHARED_SOURCES)  # type: ignore
+        return dispatcher
 
     return decorate
 

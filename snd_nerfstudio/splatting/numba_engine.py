@@ -8,9 +8,6 @@ Gaussians, which neighbouring pixels share and which therefore sit in the L2 cac
 
 Each pixel belongs to one tile and each tile to one thread, and nothing is reduced across threads: the result's bits do
 not depend on the number of threads.
-
-Compiled in here are functions of `hits.py` (and TILE_SIZE), and `find_hits` and `gather_features` are compiled into
-`numba_gradients.py`: clear `__pycache__` after editing any of them.
 """
 
 from typing import no_type_check

@@ -11,9 +11,6 @@ per pixel is carried along, whatever the number of channels. The transmittance i
 
 Each tile writes the gradients of its own Gaussians to rows of its own; the rows of a Gaussian are then added in the
 order of the tiles. The result's bits do not depend on the number of threads, nor on which thread was faster.
-
-`find_hits` and `gather_features`, and functions of `hits.py`, are compiled into the functions here, but numba's on-disk
-cache notices changes of this file only: clear `__pycache__` after editing them (or TILE_SIZE).
 """
 
 from dataclasses import replace

@@ -1,5 +1,6 @@
 """`rasterize`: the one signature through which the rest of the program splats."""
 
+import importlib.metadata
 import importlib.util
 from dataclasses import replace
 from typing import Literal
@@ -151,6 +152,11 @@ def _check_constant(camera: PinholeCamera) -> None:
         raise NotImplementedError(
             f"rasterize has no gradient to the camera, but its {' and '.join(needing)} requires one; detach it"
         )
+
+
+def splatting_engine(device: torch.device) -> str:
+    """What splats tensors of a device, with its version where that may change which hits count."""
+    return f"gsplat {importlib.metadata.version('gsplat')}" if device.type == "cuda" else "numba"
 
 
 def check_values(gaussians: Gaussians, camera: PinholeCamera) -> None:

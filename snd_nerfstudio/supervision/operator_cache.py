@@ -5,7 +5,7 @@ other frames, cameras, masks, reconstructor weights or settings it is another na
 
 * column indices as uint16 (uint32 beyond 65,536 columns) and the number of entries of each row;
 * values as uint16 fractions of their row's largest value: as small as float16 and, for what is summed up, finer: every
-  entry is off by at most 1/131,070 of the row's largest, where float16 rounds the largest themselves by up to 1/4,096.
+  entry is off by at most 1/131,070 of the row's largest, where float16 rounds the largest themselves by up to 1/2,048.
 """
 
 import hashlib
@@ -44,6 +44,8 @@ TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.tmp")
 """Names of files that are being written."""
 COUNT_EVERY = 256
 """Files written between counts of what other processes wrote to the same folder."""
+RECOUNT_AFTER = 10.0
+"""Seconds after which a full folder is counted again before anything more is refused."""
 
 
 def content_digest(triplet: ViewTriplet) -> str:
@@ -217,14 +219,11 @@ class OperatorCache:
             ) from error
         self._remove_abandoned()
         self._bytes, self._since_count, self._told_full = self._count(), 0, False
+        self._counted = time.monotonic()
 
     def path(self, key: str) -> Path:
         """Where an operator is, or would be."""
         return self.folder / key[:2] / f"{key}.safetensors"
-
-    def __contains__(self, key: str) -> bool:
-        """Whether there is a file for it; it may be damaged."""
-        return self.path(key).is_file()
 
     def get(self, key: str) -> TokenOperator | None:
         """The operator, or None if there is none that can be read; a damaged file is deleted and reported."""
@@ -250,7 +249,19 @@ class OperatorCache:
 
     def put(self, key: str, operator: TokenOperator) -> bool:
         """Write an operator; readers see all of it or nothing. Returns False if the cache is full or out of disk."""
-        contents, path = encode(operator, key), self.path(key)
+        return self._write(key, encode(operator, key))
+
+    def keep(self, key: str, operator: TokenOperator) -> TokenOperator:
+        """Write an operator, and return it as `get` will give it, whether there was room for it or not.
+
+        What is used then does not depend on what the folder happens to hold, which keeps resuming exact.
+        """
+        contents = encode(operator, key)
+        self._write(key, contents)
+        return decode(contents, key)
+
+    def _write(self, key: str, contents: bytes) -> bool:
+        path = self.path(key)
         if not self._has_room(len(contents)):
             self._add("turned_away")
             return False
@@ -286,6 +297,9 @@ class OperatorCache:
             if self._since_count >= COUNT_EVERY:
                 self._bytes, self._since_count = self._count(), 0
             room = self._bytes + more <= self.limit
+            if not room and time.monotonic() > self._counted + RECOUNT_AFTER:  # others may have made room
+                self._bytes, self._counted = self._count(), time.monotonic()
+                room = self._bytes + more <= self.limit
         if not room:
             self._tell_full(
                 f"The operator cache {self.folder} is full: {self._bytes / 1e9:.3g} GB of "

@@ -32,6 +32,8 @@ class OperatorMaker:
 
     def key(self, triplet: ViewTriplet, reconstructor: str) -> str:
         """The operator's name in a cache; see `operator_cache.operator_key`."""
+        if not triplet.digest:
+            raise ValueError(f"nothing is known of the contents of {triplet.describe()}: its digest is empty")
         grid = self.grid(triplet.target.height, triplet.target.width)
         return operator_key(triplet.digest, reconstructor, grid, self.settings, self.marks_black)
 

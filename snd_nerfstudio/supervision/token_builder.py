@@ -337,7 +337,9 @@ def _widest_boxes(gaussians: Gaussians, camera: PinholeCamera) -> tuple[Int[Tens
     half = (2 * reach[:, None] * variances).sqrt() * (1 + 1e-3) + 1
     size = torch.tensor([camera.width, camera.height], device=gaussians.device)
     centre = projection.means2d.double()
-    seen = (projection.radii > 0) & torch.isfinite(half).all(dim=1)
+    seen = (projection.depths >= NEAR) & (projection.depths <= FAR) & torch.isfinite(half).all(dim=1)
+    seen &= (gaussians.opacities >= MIN_ALPHA * (1 - 1e-6)) & (variances > 0).all(dim=1)
+    seen &= (centre + half > 0).all(dim=1) & (centre - half < size).all(dim=1)
     low = torch.where(seen[:, None], centre - half, torch.zeros_like(half)).floor().clamp(min=0)
     high = torch.where(seen[:, None], centre + half, torch.ones_like(half)).ceil()
     low, high = torch.minimum(low.long(), size - 1), torch.minimum(high.long(), size)

@@ -10,8 +10,6 @@ each of these few masses is passed on to the four context tokens from which the 
 
 Every tile sums for itself, in double precision, and the tiles' sums are added in the order of the tiles: the result's
 bits do not depend on the number of threads.
-
-Compiled into these functions are some of `splatting/hits.py`: clear `__pycache__` after editing those.
 """
 
 from typing import NamedTuple, no_type_check

@@ -16,6 +16,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+# that they are in beta state is no news to a user
+warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+
 
 @dataclass(frozen=True)
 class SparseRows:
@@ -32,11 +35,6 @@ class SparseRows:
 
     def matrix(self) -> Tensor:
         """The same as one of PyTorch's sparse matrices."""
-        with warnings.catch_warnings():  # that they are in beta state is no news to a user
-            warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
-            return self._matrix()
-
-    def _matrix(self) -> Tensor:
         return torch.sparse_csr_tensor(
             self.starts,
             self.columns.long(),

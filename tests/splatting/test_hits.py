@@ -1,6 +1,11 @@
 """What all CPU paths have in common: projection, tiles, the order of depths, and the weights."""
 
 import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numba
 import numpy as np
@@ -264,3 +269,31 @@ def test_the_engines_weights_are_those_of_compositing_one_by_one(random_scene, s
             within = (boxes[:, 0] <= x) & (x < boxes[:, 2]) & (boxes[:, 1] <= y) & (y < boxes[:, 3])
             expected = composited_one_by_one(footprints.records, order[within[order]], y, x)
             np.testing.assert_allclose(weights[y, x], expected, rtol=0, atol=1e-12)
+
+
+def test_compiled_functions_are_not_taken_from_before_a_change_of_what_is_compiled_into_them(tmp_path):
+    """numba itself looks at the file of the outer function alone."""
+    package = Path(__file__).parents[2] / "snd_nerfstudio"
+    copy = tmp_path / "snd_nerfstudio"
+    shutil.copytree(package, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    program = (
+        "import numpy as np\n"
+        "from snd_nerfstudio.splatting import hits\n"
+        "import snd_nerfstudio.supervision.token_kernel as kernel\n"
+        "labels = np.zeros((3, 3), np.int32)\n"
+        "print(hits.SHARED_SOURCES[:8], kernel.uniform_reach(labels)[0, 0])\n"
+        "print(sum(kernel.uniform_reach.stats.cache_hits.values()))\n"
+    )
+
+    def run() -> list[str]:
+        environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+        command = [sys.executable, "-c", program]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=True)
+        return done.stdout.split()
+
+    first, again = run(), run()
+    assert first[:2] == again[:2] and first[2] == "0" and again[2] == "1"
+    file = copy / "splatting" / "hits.py"
+    file.write_text(file.read_text() + "\n# changed\n")
+    changed = run()
+    assert changed[0] != first[0] and changed[1] == first[1] and changed[2] == "0"

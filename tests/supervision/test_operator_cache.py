@@ -359,10 +359,10 @@ def files_in(folder):
 
 def test_an_operator_is_found_again_by_its_key_alone_and_by_whoever_opens_the_folder(tmp_path):
     cache, said = open_cache(tmp_path / "deep" / "cache")
-    assert cache.get(key_of(0)) is None and key_of(0) not in cache and cache.size == 0
+    assert cache.get(key_of(0)) is None and not cache.path(key_of(0)).exists() and cache.size == 0
     assert cache.put(key_of(0), make_operator(0)) and cache.put(key_of(1), make_operator(1))
     for opened in (cache, open_cache(cache.folder)[0]):
-        assert key_of(0) in opened and key_of(2) not in opened
+        assert opened.path(key_of(0)).is_file() and not opened.path(key_of(2)).exists()
         assert_same(opened.get(key_of(0)), make_operator(0))
         assert_same(opened.get(key_of(1)), make_operator(1))
         assert opened.get(key_of(2)) is None
@@ -405,6 +405,27 @@ def test_a_damaged_file_is_reported_deleted_and_written_anew(tmp_path, damage):
     assert_same(cache.get(key_of(0)), make_operator(0))
     assert_same(cache.get(key_of(1)), make_operator(1))
     assert len(said) == 1
+
+
+@pytest.mark.parametrize("limit", [PLENTY, 1.0])
+def test_what_is_kept_is_what_will_be_read_whether_there_is_room_or_not(tmp_path, limit):
+    cache, _ = open_cache(tmp_path, limit=limit)
+    operator = make_operator()
+    kept = cache.keep(key_of(0), operator)
+    assert_same(kept, operator)
+    assert not torch.equal(kept.points.values, operator.points.values)
+    read = cache.get(key_of(0)) if limit == PLENTY else decode(encode(operator, key_of(0)), key_of(0))
+    assert read is not None and torch.equal(kept.points.values, read.points.values)
+    assert len(files_in(tmp_path)) == (limit == PLENTY)
+
+
+def test_a_folder_that_others_have_emptied_has_room_again(tmp_path, monkeypatch):
+    size = len(encode(make_operator(), key_of(0)))
+    cache, said = open_cache(tmp_path, limit=1.5 * size)
+    assert cache.put(key_of(0), make_operator()) and not cache.put(key_of(1), make_operator())
+    cache.path(key_of(0)).unlink()
+    monkeypatch.setattr("snd_nerfstudio.supervision.operator_cache.RECOUNT_AFTER", -1.0)
+    assert cache.put(key_of(1), make_operator()) and cache.size == size and len(said) == 1
 
 
 def test_a_full_cache_says_so_once_and_serves_what_it_has(tmp_path):

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import pytest
 import torch
 
 from snd_nerfstudio.reconstruction.depth import DepthReconstructor
@@ -59,6 +60,12 @@ def test_tokens_without_any_colour_are_marked_where_that_is_asked_for():
     maker, triplet = OperatorMaker(SupervisionSettings(), PATCH, marks_black=True), wall(unseen=20)
     black = maker.make(triplet, DepthReconstructor()(triplet.context)).black
     assert black is not None and black[:, 0].all() and not black[:, 3:].any()
+
+
+def test_a_triplet_of_unknown_contents_has_no_name():
+    maker = OperatorMaker(SupervisionSettings(), PATCH, marks_black=False)
+    with pytest.raises(ValueError, match="wall.*digest is empty"):
+        maker.key(replace(wall(), digest=""), "depth")
 
 
 def test_the_name_depends_on_all_but_the_blending_strength():

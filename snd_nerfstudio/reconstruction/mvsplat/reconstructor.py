@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Optional
 
 import torch
+from torch import Tensor
 
 from snd_nerfstudio.errors import InputError
 from snd_nerfstudio.reconstruction.mvsplat.checkpoints import PUBLISHED, find_checkpoint
@@ -30,6 +31,16 @@ class MVSplatReconstructor:
     far: float
     """Largest depth, world units."""
     needs_depth: bool = False
+
+    @property
+    def description(self) -> str:
+        """Kind and settings."""
+        return f"{self.network.settings} {self.near!r} {self.far!r}"
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """The network's parameters."""
+        return dict(self.network.named_parameters())
 
     def __call__(self, views: Views) -> Gaussians:
         """Reconstruct two views.
