@@ -20,7 +20,7 @@ from snd_nerfstudio.snd_model import SnDModelConfig, SupervisionConfig
 from snd_nerfstudio.snd_mvsplat_model import MVSplatModelConfig
 from snd_nerfstudio.snd_mvsplat_pipeline import MVSplatDataManagerConfig, MVSplatPipelineConfig
 from snd_nerfstudio.snd_pipeline import SnDPipelineConfig
-from snd_nerfstudio.snd_trainer import FusedAdamConfig, SnDTrainerConfig, WarmupCosineConfig
+from snd_nerfstudio.snd_trainer import LOCALHOST, FusedAdamConfig, SnDTrainerConfig, WarmupCosineConfig
 from snd_nerfstudio.snd_triplet_pipeline import TripletPipelineConfig
 
 
@@ -57,7 +57,7 @@ def trainer(
             for group, rate in learning_rates.items()
         },
         machine=MachineConfig(device_type="cuda" if torch.cuda.is_available() else "cpu"),
-        viewer=ViewerConfig(websocket_host="127.0.0.1"),
+        viewer=ViewerConfig(websocket_host=LOCALHOST),
         vis="viewer+tensorboard",  # with the viewer alone nerfstudio never evaluates
         logging=LoggingConfig(
             local_writer=LocalWriterConfig(enable=True, stats_to_track=(EventName.ITER_TRAIN_TIME, EventName.ETA))

@@ -4,34 +4,36 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Dict, Literal, Mapping, Optional, Type, Union
 
 import torch
+from einops import rearrange
 from jaxtyping import Bool, Float
 from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.data.scene_box import OrientedBox
 from nerfstudio.models.base_model import Model, ModelConfig
 from nerfstudio.utils.rich_utils import CONSOLE
-from nerfstudio.viewer.viewer_elements import ViewerButton
 from torch import Tensor, nn
 
 from snd_nerfstudio.backbones.lora import LoRASettings, add_adapters, merged
 from snd_nerfstudio.backbones.vit import TokenBackbone, build_backbone, fingerprint
-from snd_nerfstudio.distillation.ema import EMATeacher
+from snd_nerfstudio.distillation.ema import EMATeacher, call_with
 from snd_nerfstudio.distillation.head import DINOHead, HeadSettings
 from snd_nerfstudio.distillation.losses import (
     PrototypeLoss,
     cosine_similarity,
     prototype_cross_entropy,
+    prototype_kl_per_token,
     quadratic_cross_entropy,
 )
 from snd_nerfstudio.errors import InputError
 from snd_nerfstudio.scenes.views import ViewTriplet
 from snd_nerfstudio.splatting import Gaussians
-from snd_nerfstudio.supervision.dense import dense_supervision
+from snd_nerfstudio.supervision.dense import dense_supervision, lift
 from snd_nerfstudio.supervision.operator_maker import OperatorMaker
 from snd_nerfstudio.supervision.settings import SupervisionSettings
 from snd_nerfstudio.supervision.token_operator import TokenOperator
 from snd_nerfstudio.training import zero_loss
 from snd_nerfstudio.viewer.display import Display
-from snd_nerfstudio.viewer.outputs import to_pinhole
+from snd_nerfstudio.viewer.outputs import ShownScene, target_colours, to_pinhole
+from snd_nerfstudio.viewer.pictures import enlarge, heat, overlay_masks
 
 
 @dataclass
@@ -167,8 +169,12 @@ class SnDModel(Model):
         self.operators = OperatorMaker(
             self._settings, backbone.spec.patch, marks_black=config.supervision.uncovered == "zero"
         )
-        self.display = Display(self.teacher_tokens, self.student_tokens, self._learned_target_tokens, self._settings)
-        self.refit_colours = ViewerButton("Refit feature colours", cb_hook=lambda _: self.display.refit())
+        backbones = {
+            "teacher": self.teacher_tokens,
+            "student": self.student_tokens,
+            "original": self.original_tokens,
+        }
+        self.display = Display(backbones, self._learned_target_tokens, self._settings)
         trained = sum(p.numel() for p in self.student.parameters() if p.requires_grad)
         CONSOLE.log(
             f"{config.backbone}: adapters of rank {config.lora.rank} in {len(self.adapted_layers)} layers; "
@@ -224,15 +230,24 @@ class SnDModel(Model):
             return TargetTokens(wanted, everywhere, nowhere, coverage, isolated)
         return TargetTokens(wanted.masked_fill(black[..., None], 0.0), everywhere, black, coverage, isolated)
 
-    def _learned_target_tokens(self, triplet: ViewTriplet, gaussians: Gaussians) -> Float[Tensor, "n c"]:
+    def _learned_target_tokens(
+        self, triplet: ViewTriplet, gaussians: Gaussians
+    ) -> tuple[Float[Tensor, "h w c"], Bool[Tensor, "h w"]]:
         target = self.supervise(triplet, gaussians)
-        return target.tokens[target.learned]
+        return target.tokens, target.learned
 
     def teacher_tokens(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b h w c"]:
         """Tokens of the EMA teacher, without gradient; without dropout but for ``teacher_dropout`` in training mode."""
         dropout = self.training and bool(self.config.teacher_dropout)
         with self._arithmetic(images.device):
             return self.teacher.call(self.student, "backbone", images, dropout).float()
+
+    def original_tokens(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b h w c"]:
+        """Tokens of the backbone as it was before training, without adapters."""
+        backbone = self.student.backbone
+        off = {name: torch.zeros_like(p) for name, p in backbone.named_parameters() if p.requires_grad}
+        with self._arithmetic(images.device):
+            return call_with(backbone, off, images).float()
 
     def _arithmetic(self, device: torch.device) -> torch.autocast:
         """Autocast to bfloat16 where that is asked for."""
@@ -304,7 +319,7 @@ class SnDModel(Model):
     def update_teacher(self) -> None:
         """One EMA step (paper section 3.5)."""
         self.teacher.update(self.student, self.config.ema_momentum)
-        self.display.teacher_changed()
+        self.display.changed()
 
     def get_param_groups(self) -> Dict[str, list[nn.Parameter]]:
         """Adapters and head, so that each may have its own learning rate."""
@@ -363,7 +378,7 @@ class SnDModel(Model):
                 f"(backbone {self.config.backbone}): adapters only fit the base they were trained on."
             )
         self.load_state_dict(dict(state), strict=False)
-        self.display.teacher_changed()
+        self.display.changed()
 
     @torch.no_grad()
     def merged_vit(self, which: Literal["teacher", "student"]) -> nn.Module:
@@ -374,6 +389,55 @@ class SnDModel(Model):
             named = self.student.backbone.vit.named_parameters()
             values = {name: parameter.detach() for name, parameter in named if parameter.requires_grad}
         return merged(self.student.backbone.vit, values)
+
+    # ------------------------------------------------------------------ pictures
+
+    @torch.no_grad()
+    def token_errors(self, predicted: Float[Tensor, "n c"], wanted: Float[Tensor, "n c"]) -> Float[Tensor, "n"]:
+        """What each token adds to the loss: KL in nats with the DINO head, 1 - cosine, or the squared error."""
+        config, head = self.config, self.student.head
+        if config.loss == "cosine":
+            return 1 - cosine_similarity(predicted, wanted)
+        if head is None:
+            return (predicted - wanted).square().mean(dim=1)
+        return prototype_kl_per_token(
+            *head.parts(predicted),
+            *self.teacher.call(self.student, "head", wanted, method="parts"),
+            student_temperature=config.student_temperature,
+            teacher_temperature=config.teacher_temperature,
+            max_logits=config.head.max_logits,
+        )
+
+    @torch.no_grad()
+    def pictures(self, triplet: ViewTriplet, gaussians: Gaussians) -> Dict[str, Float[Tensor, "H W 3"]]:
+        """A triplet's way through the method, of the target's size, in the colours of the viewer.
+
+        Args:
+            triplet: any; colours are those fitted to the shown one.
+            gaussians: of its contexts.
+        """
+        basis, target = self.display.basis(), triplet.target
+        context, size = triplet.context, (target.height, target.width)
+        tokens = basis.project(self.teacher_tokens(context.images))
+        values = lift(tokens, context.masks, (context.height, context.width), self._settings).features
+        scene = ShownScene(triplet, gaussians)
+        splatted, blended = target_colours(scene, values, basis, self._settings, self._settings.blending)
+        supervised, student = self.supervise(triplet, gaussians), self.student_tokens(target.images[:1])[0]
+        learned = supervised.learned
+        errors = torch.full_like(supervised.coverage, float("nan"))
+        errors[learned] = self.token_errors(student[learned], supervised.tokens[learned]).to(errors)
+        image, mask = rearrange(target.images[0], "c h w -> h w c"), target.mask(0)
+        shown = torch.where(learned[..., None], basis.colour(basis.project(supervised.tokens)), 0.0)
+        highest = float(errors[learned].quantile(0.99)) if learned.any() else 1.0
+        return {
+            "target": image,
+            **({} if mask is None else {"instance masks": overlay_masks(image, mask, 0.6)}),
+            "splatted features": splatted,
+            "blended features": blended,
+            "target tokens": enlarge(shown, size),
+            "student tokens": enlarge(basis.colour(basis.project(student)), size),
+            f"loss per token, 0 to {highest:.2g}": enlarge(heat(errors, 0.0, max(highest, 1e-12)), size),
+        }
 
     # ------------------------------------------------------------------ viewer
 

@@ -24,6 +24,7 @@ from snd_nerfstudio.snd_triplet_pipeline import (
     strip_prefixes,
 )
 from snd_nerfstudio.snd_triplets import TripletDataManager, TripletDataManagerConfig
+from snd_nerfstudio.viewer.panel import ReconstructionPanel
 from snd_nerfstudio.viewer.start import StartingCamera
 
 
@@ -118,12 +119,10 @@ class MVSplatPipeline(TripletPipeline):
         )
         self.model.to(device)
         self._distribute(device, local_rank)
-        shown = self.datamanager.shown_triplet
-        self.model.show(shown)
-        camera = shown.target.camera(0)
-        self.starting_camera = StartingCamera(
-            camera, lambda: median_depth(self.model.display.scene().gaussians, camera)
-        )
+        display = self.model.display
+        self.model.show(self.datamanager.shown_triplet)
+        start = StartingCamera(lambda: display.scene().triplet.target.camera(0), lambda: median_depth(display.scene()))
+        self.panel = ReconstructionPanel(self.datamanager, display, start)
         if test_mode == "val":
             self._warn_about_range(self.datamanager.train_triplets(8, with_depth=True))
 

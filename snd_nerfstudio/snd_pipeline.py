@@ -25,9 +25,13 @@ from snd_nerfstudio.snd_triplet_pipeline import (
     median_depth,
     strip_prefixes,
 )
-from snd_nerfstudio.splatting import Gaussians
+from snd_nerfstudio.viewer.outputs import ShownScene
+from snd_nerfstudio.viewer.panel import FeaturePanel
+from snd_nerfstudio.viewer.pictures import sheet
 from snd_nerfstudio.viewer.start import StartingCamera
 
+STEPS_PER_REFRESH = 10
+"""Steps between looks of the viewer at what teacher and student say by now."""
 RECONSTRUCTOR = "reconstructor_fingerprint"
 """Key of a checkpoint that tells which weights made the Gaussians it was trained on; the weights are not in it."""
 
@@ -127,11 +131,23 @@ class SnDPipeline(TripletPipeline):
         if test_mode == "val":  # that is, when training starts
             _ = self.datamanager.operators  # a cache that cannot be used is said now, not at the first step
             self._check_reconstruction()
-        shown = self.datamanager.shown_triplet
-        gaussians = self.datamanager.reconstruct(shown.context)
-        self.model.display.show(shown, gaussians)
-        camera = shown.target.camera(0)
-        self.starting_camera = StartingCamera(camera, lambda: median_depth(gaussians, camera))
+        self._show(self.datamanager.shown_triplet)
+        self.panel = FeaturePanel(
+            self.datamanager,
+            self.model.display,
+            StartingCamera(lambda: self._shown.triplet.target.camera(0), lambda: median_depth(self._shown)),
+            self._show,
+            lambda: self.model.pictures(self._shown.triplet, self._shown.gaussians),
+        )
+
+    def _show(self, triplet: ViewTriplet) -> None:
+        """Put a triplet on display in the viewer."""
+        self.model.display.show(triplet, self.datamanager.reconstruct(triplet.context))
+
+    @property
+    def _shown(self) -> ShownScene:
+        assert self.model.display.scene is not None
+        return self.model.display.scene
 
     @torch.no_grad()
     def _check_reconstruction(self) -> None:
@@ -234,7 +250,12 @@ class SnDPipeline(TripletPipeline):
         if self.config.model.ema_timing == "after_optimizer":
             after = [TrainingCallbackLocation.AFTER_TRAIN_ITERATION]
             callbacks.append(TrainingCallback(after, self._update_teacher))
+        callbacks.append(TrainingCallback([TrainingCallbackLocation.AFTER_TRAIN_ITERATION], self._refresh_display))
         return callbacks
+
+    def _refresh_display(self, step: int) -> None:
+        if step % STEPS_PER_REFRESH == 0:
+            self.model.display.changed()
 
     # ------------------------------------------------------------------ evaluation
 
@@ -252,18 +273,8 @@ class SnDPipeline(TripletPipeline):
         gaussians = self.datamanager.reconstruct(triplet.context)
         metrics = {name: float(value) for name, value in self.model([triplet], [gaussians]).items()}
         quality, pictures = reconstruction_quality(gaussians, triplet)
-        return {**metrics, **quality}, {**pictures, **self._feature_pictures(triplet, gaussians)}
-
-    def _feature_pictures(self, triplet: ViewTriplet, gaussians: Gaussians) -> Dict[str, Tensor]:
-        basis = self.model.display.basis()
-        target = self.model.supervise(triplet, gaussians)
-        student = self.model.student_tokens(triplet.target.images)[0]
-        patch = self.model.student.backbone.spec.patch
-        pictures = {
-            "target_tokens_pca": basis.colour(basis.project(target.tokens)) * target.learned[..., None],
-            "student_pca": basis.colour(basis.project(student)),
-        }
-        return {name: p.repeat_interleave(patch, 0).repeat_interleave(patch, 1) for name, p in pictures.items()}
+        pictures = {"reconstruction": pictures["splatted"], **self.model.pictures(triplet, gaussians)}
+        return {**metrics, **quality}, {"features": sheet(pictures, columns=4, title=triplet.describe())}
 
     # ------------------------------------------------------------------ checkpoints
 

@@ -3,11 +3,13 @@
 import copy
 import os
 import pickle
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional, Type
 
 import torch
+from nerfstudio.configs.base_config import ViewerConfig
 from nerfstudio.engine.optimizers import AdamOptimizerConfig, Optimizers
 from nerfstudio.engine.schedulers import Scheduler, SchedulerConfig
 from nerfstudio.engine.trainer import Trainer, TrainerConfig
@@ -56,12 +58,31 @@ class FusedAdamConfig(AdamOptimizerConfig):
     """Update weights and moments in one pass instead of one per operation."""
 
 
+LOCALHOST = "127.0.0.1"
+"""Where viewers listen unless another interface is asked for."""
+
+
+def _host_is_given() -> bool:
+    """Whether the command line says where the viewer is to listen."""
+    names = [argument.partition("=")[0].replace("_", "-") for argument in sys.argv]
+    return "--viewer.websocket-host" in names
+
+
 @dataclass
 class SnDTrainerConfig(TrainerConfig):
     """Nerfstudio's training settings."""
 
     _target: Type = field(default_factory=lambda: SnDTrainer)
     """Target class to instantiate."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As ever, but for the viewer's settings that ``ns-viewer`` puts in the place of the run's.
+
+        Nerfstudio's own default is to listen on all interfaces. Here that needs to be asked for.
+        """
+        if name == "viewer" and isinstance(getattr(self, "viewer", None), ViewerConfig) and not _host_is_given():
+            value.websocket_host = LOCALHOST
+        super().__setattr__(name, value)
 
     def save_config(self) -> None:
         """Write ``config.yml`` into the run's folder: the first thing that is written at all.

@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from snd_nerfstudio.errors import InputError
 from snd_nerfstudio.scenes.views import ViewTriplet
 from snd_nerfstudio.snd_triplets import TripletDataManager
-from snd_nerfstudio.splatting import Gaussians, PinholeCamera
+from snd_nerfstudio.viewer.outputs import ShownScene
 
 
 @dataclass
@@ -195,9 +195,9 @@ class TripletPipeline(VanillaPipeline):
         return results
 
 
-def median_depth(gaussians: Gaussians, camera: PinholeCamera) -> float:
-    """Depth of the middle one of the visible Gaussians, world units."""
-    pose = camera.camera_to_world
+def median_depth(scene: ShownScene) -> float:
+    """Depth of the middle one of the Gaussians before the target view, world units."""
+    gaussians, pose = scene.gaussians, scene.triplet.target.camera_to_worlds[0]
     depths: Float[Tensor, "n"] = (gaussians.means - pose[:3, 3]) @ pose[:3, 2]
     return float(depths[gaussians.opacities > 0].median().clamp(min=0.1))
 

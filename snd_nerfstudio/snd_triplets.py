@@ -29,9 +29,12 @@ from snd_nerfstudio.scenes.triplets import (
     growing_gap,
 )
 from snd_nerfstudio.scenes.views import Views, ViewTriplet
-from snd_nerfstudio.snd_frames import by_name, scene_images, subset, to_frames
+from snd_nerfstudio.snd_frames import SceneImages, by_name, scene_images, subset, to_frames
 
 VIEWER_FRAMES = 32
+"""Frames of a scene that the viewer draws."""
+VIEWER_TRIPLETS = 16
+"""Triplets of a scene that the viewer offers."""
 MATCHING_ANGLE = 90.0
 """Degrees between the contexts' viewing directions beyond which they are not matched with each other."""
 
@@ -135,9 +138,7 @@ class TripletDataManager(DataManager):
             self.eval_indices = eval_sampler.spread(config.eval_triplets)
         except NoTripletError as error:
             CONSOLE.log(f"[yellow]Nothing is held out for evaluation: {error}")
-        self.train_dataset = scene_images(  # type: ignore
-            self.train_frames, train_outputs, self.shown_scene, self.size, VIEWER_FRAMES
-        )
+        self.train_dataset = self.scene_images(self.shown_scenes[0])  # type: ignore
         self.eval_dataset = None
         if self.eval_indices and self.eval_frames is not None:
             self.eval_dataset = scene_images(self.eval_frames, eval_outputs, 0, self.size, VIEWER_FRAMES)  # type: ignore
@@ -376,15 +377,39 @@ class TripletDataManager(DataManager):
     # ------------------------------------------------------------------ what nerfstudio and its viewer ask for
 
     @property
-    def shown_scene(self) -> int:
-        """The training scene that the viewer shows."""
-        return int(self.triplets.usable_scenes[0])
+    def shown_scenes(self) -> list[str]:
+        """The training scenes that the viewer can show."""
+        return [self.train_frames.scene_names[scene] for scene in self.triplets.usable_scenes.tolist()]
+
+    def _scene_number(self, name: str) -> int:
+        return int(self.triplets.usable_scenes[self.shown_scenes.index(name)])
+
+    def scene_images(self, scene: str) -> SceneImages:
+        """Some frames of a training scene, as the viewer draws them."""
+        return scene_images(
+            self.train_frames, self.train_dataparser_outputs, self._scene_number(scene), self.size, VIEWER_FRAMES
+        )
+
+    def shown_indices(self, scene: str) -> list[TripletIndex]:
+        """Triplets of a training scene that the viewer can show; the one in the middle of the scene comes first."""
+        number = self._scene_number(scene)
+        spread = self.triplets.spread_over(number, VIEWER_TRIPLETS)
+        (middle,) = self.triplets.spread_over(number, 1)
+        return [middle, *(index for index in spread if index != middle)]
+
+    def shown_name(self, index: TripletIndex) -> str:
+        """Its frames, for a menu: contexts -> target."""
+        first, second, target = (self.train_frames.image_files[i].stem for i in (*index.context, index.target))
+        return f"{first}, {second} -> {target}"
+
+    def shown(self, index: TripletIndex) -> ViewTriplet:
+        """A training triplet for the viewer, on the device."""
+        return self.load(self.train_frames, index).to(self.device)
 
     @cached_property
     def shown_triplet(self) -> ViewTriplet:
-        """The training triplet whose Gaussians the viewer shows: one in the middle of the shown scene."""
-        (triplet,) = self.train_triplets(1)
-        return triplet
+        """The training triplet that the viewer shows first."""
+        return self.shown(self.shown_indices(self.shown_scenes[0])[0])
 
     def get_train_rays_per_batch(self) -> int:
         """Target pixels per step: what nerfstudio paces the viewer by."""

@@ -5,13 +5,15 @@ import pytest
 import torch
 from nerfstudio.cameras.cameras import Cameras
 
+from snd_nerfstudio.backbones.vit import build_backbone
 from snd_nerfstudio.distillation.head import DINOHead
 from snd_nerfstudio.errors import InputError
 from snd_nerfstudio.scenes.rooms import RoomsConfig, generate_rooms
 from snd_nerfstudio.snd_pipeline import SnDPipeline
 from snd_nerfstudio.supervision.pooling import pool
 from snd_nerfstudio.supervision.upsampling import upsample
-from snd_nerfstudio.viewer.outputs import OUTPUT_CHANNELS, to_pinhole
+from snd_nerfstudio.viewer.display import Display
+from snd_nerfstudio.viewer.outputs import to_pinhole
 
 
 @pytest.fixture
@@ -275,10 +277,10 @@ def test_another_seed_means_another_random_base(tiny_config):
 @pytest.mark.parametrize(("height", "width"), [(30, 52), (512, 402), (1, 1)])
 def test_outputs_have_the_cameras_size_and_are_finite(pipeline, height, width):
     outputs = pipeline.model.eval().get_outputs_for_camera(camera(height, width))
-    assert list(outputs) == list(OUTPUT_CHANNELS)
-    for name, channels in OUTPUT_CHANNELS.items():
+    assert list(outputs) == list(Display.CHANNELS)
+    for name, channels in Display.CHANNELS.items():
         assert outputs[name].shape == (height, width, channels) and torch.isfinite(outputs[name]).all()
-    for name in ("rgb", "splatted_pca", "student_pca", "accumulation"):
+    for name in set(Display.CHANNELS) - {"depth"}:
         assert outputs[name].min() >= 0 and outputs[name].max() <= 1 + 1e-5
 
 
@@ -319,11 +321,150 @@ def test_an_interrupted_render_is_passed_on_and_leaves_the_caches_whole(pipeline
     def interrupted(images):
         raise IOChangeException
 
-    monkeypatch.setattr(model.display, "_teacher", interrupted)
+    monkeypatch.setitem(model.display._backbones, "teacher", interrupted)
     with pytest.raises(IOChangeException):
         model.get_outputs_for_camera(camera(6, 8))
     monkeypatch.undo()
     assert torch.isfinite(model.get_outputs_for_camera(camera(6, 8))["splatted_pca"]).all()
+
+
+def train_a_little(pipeline, steps=3, rate=1e-2):
+    parameters = [p for p in pipeline.model.student.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(parameters, lr=rate)
+    for number in range(steps):
+        optimizer.zero_grad()
+        step(pipeline, number)[1]["distillation"].backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("patch_embed", [False, True])
+def test_original_tokens_are_those_of_the_backbone_without_adapters_whatever_was_trained(tiny_config, patch_embed):
+    tiny_config.pipeline.model.lora_patch_embed = patch_embed
+    tiny_config.pipeline.model.lora.dropout = 0.3
+    pipeline = tiny_config.pipeline.setup(device="cpu").train()
+    model, config = pipeline.model, pipeline.config
+    train_a_little(pipeline)
+    image = torch.rand(2, 3, 56, 84, generator=torch.Generator().manual_seed(0))
+    fresh = build_backbone(config.model.backbone, config.model.weights, config.seed)
+    with torch.no_grad():
+        expected = fresh(image)
+    before = {name: (p, p.detach().clone(), p.grad.clone()) for name, p in named_trained(model)}
+    modes = [module.training for module in model.student.modules()]
+    states = peft_state(model)
+    found = model.original_tokens(image)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert not found.requires_grad and torch.equal(found, model.original_tokens(image))
+    for name, parameter in named_trained(model):
+        object_before, value, gradient = before.pop(name)
+        assert parameter is object_before and torch.equal(parameter, value) and torch.equal(parameter.grad, gradient)
+    assert not before and modes == [module.training for module in model.student.modules()]
+    assert peft_state(model) == states and all(modes)
+    model.eval()
+    with torch.no_grad():
+        assert not torch.allclose(model.student_tokens(image), expected, atol=1e-2)  # it was trained
+
+
+def named_trained(model):
+    return [(name, p) for name, p in model.student.named_parameters() if p.requires_grad]
+
+
+def peft_state(model):
+    """Which adapters are active, merged or switched off, layer by layer."""
+    layers = [module for module in model.student.modules() if hasattr(module, "lora_A")]
+    assert layers
+    return [(layer.active_adapters, layer.merged_adapters, layer.disable_adapters) for layer in layers]
+
+
+def test_after_training_student_teacher_and_original_are_shown_as_three_different_things(tiny_config):
+    pipeline = tiny_config.pipeline.setup(device="cpu").train()
+    model, display = pipeline.model, pipeline.model.display
+    train_a_little(pipeline)
+    model.teacher.update(model.student, 0.5)
+    display.changed()
+    model.eval()
+    pictures = {}
+    for name in ("teacher", "student", "original"):
+        display.choose(name)
+        pictures[name] = model.get_outputs_for_camera(camera(20, 30, shown_pose(pipeline)))["splatted_pca"]
+    for first, second in (("teacher", "student"), ("teacher", "original"), ("student", "original")):
+        assert (pictures[first] - pictures[second]).abs().max() > 0.02, (first, second)
+
+
+def shown_pose(pipeline):
+    """The shown target's pose with nerfstudio's axes."""
+    pose = pipeline.datamanager.shown_triplet.target.camera_to_worlds[0, :3].clone()
+    pose[:, 1:3] *= -1
+    return pose[None]
+
+
+@pytest.mark.parametrize("loss", ["dino", "cosine", "mse"])
+def test_what_each_token_adds_to_the_loss_has_the_loss_as_its_mean(tiny_config, loss):
+    tiny_config.pipeline.model.loss = loss
+    pipeline = tiny_config.pipeline.setup(device="cpu").train()
+    train_a_little(pipeline)
+    model = pipeline.model.eval()
+    channels = model.student.backbone.channels
+    generator = torch.Generator().manual_seed(0)
+    predicted, wanted = (torch.randn(17, channels, generator=generator) for _ in range(2))
+    errors = model.token_errors(predicted, wanted)
+    with torch.no_grad():
+        compared = model._compare(predicted, wanted)
+    assert errors.shape == (17,) and not errors.requires_grad
+    expected = compared["kl"] if loss == "dino" else compared["loss"]
+    assert float(errors.mean()) == pytest.approx(float(expected), rel=1e-4, abs=1e-6)
+    alone = torch.stack([model.token_errors(predicted[i : i + 1], wanted[i : i + 1])[0] for i in range(17)])
+    torch.testing.assert_close(errors, alone, rtol=1e-4, atol=1e-6)
+
+
+PICTURED = ["target", "instance masks", "splatted features", "blended features", "target tokens", "student tokens"]
+
+
+@pytest.mark.parametrize("loss", ["dino", "cosine", "mse"])
+def test_a_triplet_s_pictures_show_its_way_through_the_method(tiny_config, loss):
+    tiny_config.pipeline.model.loss = loss
+    pipeline = tiny_config.pipeline.setup(device="cpu").eval()
+    triplet = pipeline.datamanager.eval_triplet(0)
+    gaussians = pipeline.datamanager.reconstruct(triplet.context)
+    basis = pipeline.model.display.basis()
+    pictures = pipeline.model.pictures(triplet, gaussians)
+    *names, last = pictures
+    assert names == PICTURED and last.startswith("loss per token, 0 to ")
+    for name, picture in pictures.items():
+        assert picture.shape == (56, 84, 3) and torch.isfinite(picture).all(), name
+        assert picture.min() >= 0 and picture.max() <= 1 + 1e-6 and picture.std() > 0.02, name
+    assert torch.equal(pictures["target"], triplet.target.images[0].permute(1, 2, 0))
+    assert pipeline.model.display.basis() is basis
+    assert pipeline.model.display.scene.triplet.scene == "room_0000" != triplet.scene  # what is shown is another
+    # flat squares of 14 pixels, in the colours of the tokens
+    with torch.no_grad():
+        tokens = pipeline.model.student_tokens(triplet.target.images)[0]
+    colours = basis.colour(basis.project(tokens))
+    torch.testing.assert_close(pictures["student tokens"][7::14, 7::14], colours, rtol=0, atol=1e-5)
+    assert torch.equal(pictures["student tokens"][:14, :14], colours[0, 0].expand(14, 14, 3))
+
+
+@pytest.mark.parametrize("loss", ["dino", "cosine", "mse"])
+def test_a_triplet_s_pictures_are_finite_where_no_token_is_covered(tiny_config, loss):
+    tiny_config.pipeline.model.loss = loss
+    pipeline = tiny_config.pipeline.setup(device="cpu").eval()
+    triplet = pipeline.datamanager.eval_triplet(0)
+    gaussians = pipeline.datamanager.reconstruct(triplet.context)
+    gaussians.opacities.zero_()
+    pictures = pipeline.model.pictures(triplet, gaussians)
+    assert len(pictures) == 7 and all(torch.isfinite(picture).all() for picture in pictures.values())
+    for name in ("splatted features", "blended features", "target tokens"):
+        assert (pictures[name] == 0).all(), name
+    (errors,) = (picture for name, picture in pictures.items() if name.startswith("loss per token"))
+    assert (errors == errors[0, 0]).all() and errors.std(-1).max() == 0  # all grey
+
+
+def test_without_masks_a_triplet_s_pictures_have_none(tiny_config):
+    tiny_config.pipeline.datamanager.masks = "none"
+    pipeline = tiny_config.pipeline.setup(device="cpu").eval()
+    triplet = pipeline.datamanager.eval_triplet(0)
+    pictures = pipeline.model.pictures(triplet, pipeline.datamanager.reconstruct(triplet.context))
+    assert [*pictures][:-1] == [name for name in PICTURED if name != "instance masks"]
+    assert torch.equal(pictures["splatted features"], pictures["blended features"])
 
 
 # ---------------------------------------------------------------------- identity check

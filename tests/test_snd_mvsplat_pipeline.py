@@ -14,6 +14,7 @@ from snd_nerfstudio.errors import InputError
 from snd_nerfstudio.reconstruction.mvsplat import MVSplat
 from snd_nerfstudio.snd_mvsplat_pipeline import MVSplatPipeline, MVSplatPipelineConfig, load_trained_network
 from snd_nerfstudio.snd_pipeline import SnDPipelineConfig
+from snd_nerfstudio.snd_triplet_pipeline import median_depth
 
 
 @pytest.fixture
@@ -316,3 +317,15 @@ def test_the_viewer_shows_the_network_as_it_is_after_the_last_step(pipeline):
     changed.run_callback(step=0)
     assert not torch.equal(display.scene().gaussians.means, before)
     assert display.triplet is pipeline.datamanager.shown_triplet
+
+
+def test_another_triplet_is_reconstructed_when_it_is_shown_and_the_viewer_starts_before_it(pipeline):
+    data, display = pipeline.datamanager, pipeline.model.display
+    means = display.scene().gaussians.means
+    triplet = data.shown(data.shown_indices("room_0001")[0])
+    pipeline.panel._show(triplet)
+    assert pipeline.panel._triplet is triplet and display.scene().triplet is triplet
+    assert not torch.equal(display.scene().gaussians.means, means)
+    start = pipeline.panel._start
+    assert torch.equal(start._camera().camera_to_world, triplet.target.camera_to_worlds[0])
+    assert start._distance() == median_depth(display.scene()) > 0.1

@@ -19,6 +19,7 @@ from snd_nerfstudio.errors import InputError
 from snd_nerfstudio.reconstruction.depth import DepthReconstructor
 from snd_nerfstudio.reconstruction.mvsplat.checks import DegeneratePairError
 from snd_nerfstudio.snd_pipeline import load_trained_model, strip_prefixes
+from snd_nerfstudio.snd_triplet_pipeline import median_depth
 from snd_nerfstudio.supervision.operator_cache import CacheStatistics
 from snd_nerfstudio.supervision.operator_maker import OperatorMaker
 from tests.test_snd_mvsplat_pipeline import turn_every_second_camera
@@ -40,6 +41,68 @@ def test_evaluation_does_not_disturb_training(tiny_config):
     assert float(pipeline.get_train_loss_dict(4)[1]["distillation"].detach()) == undisturbed
     assert metrics["num_rays"] == 56 * 84 and pipeline.model.training
     assert all(picture.ndim == 3 and picture.shape[-1] == 3 for picture in pictures.values())
+
+
+def test_evaluation_gives_one_sheet_of_all_pictures_of_a_triplet(tiny_config, tmp_path):
+    pipeline = tiny_config.pipeline.setup(device="cpu")
+    triplet = pipeline.datamanager.eval_triplet(0, with_depth=True)
+    metrics, pictures = pipeline.evaluate(triplet)
+    assert list(pictures) == ["features"]
+    picture = pictures["features"]
+    # eight pictures of at least 56 x 84 in two rows, with captions
+    assert picture.shape[0] > 2 * 56 and picture.shape[1] > 4 * 84 and picture.shape[2] == 3
+    assert torch.isfinite(picture).all() and picture.min() >= 0 and picture.max() <= 1
+    assert {"loss", "kl", "cosine", "psnr", "ssim", "coverage", "depth_error"} <= set(metrics)
+    pipeline.get_average_eval_image_metrics(output_path=tmp_path / "sheets")
+    files = sorted(file.name for file in (tmp_path / "sheets").iterdir())
+    assert files == [f"eval_{number:04d}_features.png" for number in range(3)]
+    with Image.open(tmp_path / "sheets" / files[0]) as image:
+        assert image.size == (picture.shape[1], picture.shape[0])
+
+
+def test_evaluation_of_a_triplet_that_nothing_covers_still_has_its_sheet(tiny_config, monkeypatch):
+    pipeline = tiny_config.pipeline.setup(device="cpu")
+    triplet = pipeline.datamanager.eval_triplet(0)
+    reconstruct = pipeline.datamanager.reconstruct
+
+    def nothing(views):
+        gaussians = reconstruct(views)
+        return replace(gaussians, opacities=torch.zeros_like(gaussians.opacities))
+
+    monkeypatch.setattr(pipeline.datamanager, "reconstruct", nothing)
+    metrics, pictures = pipeline.evaluate(triplet)
+    assert metrics["learned_tokens"] == 0 and "cosine" not in metrics
+    assert torch.isfinite(pictures["features"]).all()
+
+
+def test_the_viewer_looks_again_at_the_tokens_every_ten_steps(tiny_config):
+    pipeline = tiny_config.pipeline.setup(device="cpu")
+    pipeline.config.model.ema_every = 1000
+    display = pipeline.model.display
+    attributes = TrainingCallbackAttributes(optimizers=None, grad_scaler=None, pipeline=pipeline, trainer=None)
+    callbacks = pipeline.get_training_callbacks(attributes)
+    with torch.no_grad():
+        before = display.context_tokens()
+        kept = []
+        for step in range(1, 22):
+            for callback in callbacks:
+                callback.run_callback_at_location(step, TrainingCallbackLocation.AFTER_TRAIN_ITERATION)
+            if display.context_tokens() is not before:
+                kept.append(step)
+                before = display.context_tokens()
+    assert kept == [10, 20]
+
+
+def test_the_viewer_s_start_is_before_what_is_shown(tiny_config):
+    pipeline = tiny_config.pipeline.setup(device="cpu")
+    data = pipeline.datamanager
+    for scene in data.shown_scenes:
+        triplet = data.shown(data.shown_indices(scene)[0])
+        pipeline.panel._show(triplet)
+        assert pipeline._shown.triplet is triplet
+        distance = pipeline.panel._start._distance()
+        assert 0.7 < distance < 8 and distance == median_depth(pipeline._shown)
+        assert torch.equal(pipeline.panel._start._camera().camera_to_world, triplet.target.camera_to_worlds[0])
 
 
 def test_a_loss_that_is_not_finite_names_the_triplet(tiny_config):
@@ -253,7 +316,8 @@ def after_steps(config, steps=1, **changes) -> tuple[CacheStatistics, list[dict[
     for name, value in changes.items():
         part = config.datamanager if hasattr(config.datamanager, name) else config.model.supervision
         setattr(part, name, value)
-    pipeline = config.setup(device="cpu", test_mode="test")  # without measuring the reconstruction first
+    config.checked_triplets = 0  # the reconstruction is not measured first
+    pipeline = config.setup(device="cpu")
     values = []
     for step in range(steps):
         _, losses, metrics = pipeline.get_train_loss_dict(step)
@@ -459,6 +523,20 @@ def test_a_cache_that_cannot_be_written_to_is_named(cached, tmp_path):
 def test_a_cache_that_cannot_be_written_to_is_named_before_training(cached, tmp_path):
     cached.pipeline.datamanager.operator_cache = tmp_path / "taken"
     (tmp_path / "taken").write_text("a file")
+    with pytest.raises(InputError, match="--pipeline.datamanager.operator-cache"):
+        cached.pipeline.setup(device="cpu")
+
+
+@pytest.mark.parametrize("test_mode", ["test", "inference"])
+def test_a_run_with_a_cache_is_looked_at_without_touching_it(cached, tmp_path, test_mode):
+    folder = tmp_path / "operators"
+    pipeline = cached.pipeline.setup(device="cpu", test_mode=test_mode)
+    assert cached.pipeline.datamanager.operator_cache == folder  # the given config is not changed
+    metrics, _ = pipeline.evaluate(pipeline.datamanager.eval_triplet(0, with_depth=True))
+    assert pipeline.datamanager.operators is None and metrics["cosine"] > 0 and not folder.exists()
+    assert torch.isfinite(pipeline.get_eval_loss_dict(0)[1]["distillation"]) and not folder.exists()
+    folder.write_text("a file in its place")  # as it may be on another machine
+    cached.pipeline.setup(device="cpu", test_mode=test_mode)
     with pytest.raises(InputError, match="--pipeline.datamanager.operator-cache"):
         cached.pipeline.setup(device="cpu")
 

@@ -1,10 +1,14 @@
 import copy
+import sys
 
 import pytest
 import torch
+import yaml
+from nerfstudio.configs.base_config import ViewerConfig
+from nerfstudio.configs.method_configs import all_methods
 
 from snd_nerfstudio.errors import InputError
-from snd_nerfstudio.snd_trainer import WarmupCosine, WarmupCosineConfig
+from snd_nerfstudio.snd_trainer import SnDTrainerConfig, WarmupCosine, WarmupCosineConfig
 
 
 @pytest.fixture
@@ -90,3 +94,50 @@ def test_a_damaged_or_missing_checkpoint_is_named(tiny_config, finished):
         resume(tiny_config, finished, load_dir=finished.base_dir)
     with pytest.raises(InputError, match="cannot be loaded"):
         resume(tiny_config, finished, load_step=3)
+
+
+# ---------------------------------------------------------------------- where the viewer listens
+
+
+@pytest.mark.parametrize("method", ["snd", "snd-tiny", "mvsplat", "mvsplat-tiny"])
+def test_viewers_listen_on_this_machine_alone_also_those_that_are_opened_later(monkeypatch, method):
+    monkeypatch.setattr(sys, "argv", ["ns-viewer", "--load-config", "config.yml"])
+    config = copy.deepcopy(all_methods[method])
+    assert config.viewer.websocket_host == "127.0.0.1"
+    others = ViewerConfig(websocket_port=7123)
+    assert others.websocket_host == "0.0.0.0"  # nerfstudio's own default, or there was nothing to test
+    config.viewer = others  # as ns-viewer does
+    assert config.viewer.websocket_host == "127.0.0.1" and config.viewer.websocket_port == 7123
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--viewer.websocket-host", "0.0.0.0"],
+        ["--viewer.websocket_host", "0.0.0.0"],
+        ["--viewer.websocket-host=0.0.0.0"],
+        ["--viewer.websocket_host=0.0.0.0"],
+    ],
+)
+def test_viewers_listen_elsewhere_if_they_are_told_to(monkeypatch, flags):
+    monkeypatch.setattr(sys, "argv", ["ns-viewer", "--load-config", "config.yml", *flags])
+    config = copy.deepcopy(all_methods["snd-tiny"])
+    config.viewer = ViewerConfig(websocket_host="0.0.0.0")
+    assert config.viewer.websocket_host == "0.0.0.0"
+
+
+def test_a_config_that_is_made_with_a_host_keeps_it(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["ns-train"])
+    config = SnDTrainerConfig(method_name="snd", viewer=ViewerConfig(websocket_host="0.0.0.0"))
+    assert config.viewer.websocket_host == "0.0.0.0"
+    assert copy.deepcopy(config).viewer.websocket_host == "0.0.0.0"
+    assert yaml.load(yaml.dump(config), Loader=yaml.Loader).viewer.websocket_host == "0.0.0.0"  # noqa: S506
+
+
+def test_a_config_survives_being_written_and_read(tiny_config, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["ns-viewer"])
+    tiny_config.viewer.websocket_port = 7123
+    read = yaml.load(yaml.dump(tiny_config), Loader=yaml.Loader)  # noqa: S506
+    assert type(read) is SnDTrainerConfig and read == tiny_config
+    read.viewer = ViewerConfig()
+    assert read.viewer.websocket_host == "127.0.0.1"

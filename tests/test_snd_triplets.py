@@ -14,7 +14,7 @@ from snd_nerfstudio.profiles import resolve
 from snd_nerfstudio.scenes.frames import load_views
 from snd_nerfstudio.scenes.views import Views
 from snd_nerfstudio.snd_mvsplat_pipeline import MVSplatDataManagerConfig
-from snd_nerfstudio.snd_triplets import TripletDataManagerConfig
+from snd_nerfstudio.snd_triplets import VIEWER_TRIPLETS, TripletDataManagerConfig
 
 
 def manager(data: Path, **settings):
@@ -63,6 +63,42 @@ def test_the_viewer_is_given_one_scene_of_few_frames(rooms):
     assert shown[3]["image"].shape == (56, 84, 3)
     assert shown.cameras.height.flatten().tolist() == [56] * 32
     assert data.shown_triplet.scene == "room_0000"
+
+
+def test_the_viewer_is_offered_every_training_scene_and_triplets_along_its_path(rooms):
+    data = manager(rooms)
+    assert data.shown_scenes == ["room_0000", "room_0001"]
+    for number, scene in enumerate(data.shown_scenes):
+        indices = data.shown_indices(scene)
+        assert 8 <= len(indices) <= VIEWER_TRIPLETS + 1 and len(set(indices)) == len(indices)
+        assert indices[0] == data.triplets.spread_over(number, 1)[0]
+        frames = [frame for index in indices for frame in (*index.context, index.target)]
+        assert {data.train_frames.scene_names[data.train_frames.scene_index[frame]] for frame in frames} == {scene}
+        lefts = [min(index.context) for index in indices[1:]]
+        assert lefts == sorted(lefts) and max(lefts) - min(lefts) > 30
+        middle = data.shown(indices[0])
+        order = data.train_frames.frame_order[list(indices[0].context)]
+        assert middle.scene == scene and 20 < order.mean() < 40
+        assert {f.parts[-3] for f in data.scene_images(scene).image_filenames} == {scene}
+    assert data.shown_triplet.describe() == data.shown(data.shown_indices("room_0000")[0]).describe()
+
+
+def test_a_shown_triplet_is_called_by_its_frames(rooms):
+    data = manager(rooms)
+    index = data.shown_indices("room_0001")[2]
+    triplet = data.shown(index)
+    left, right = (Path(name).stem for name in triplet.context.names)
+    assert data.shown_name(index) == f"{left}, {right} -> {Path(triplet.target.names[0]).stem}"
+    names = [data.shown_name(other) for other in data.shown_indices("room_0001")]
+    assert len(set(names)) == len(names)
+
+
+def test_triplets_are_spread_over_one_scene_as_over_all_of_them(rooms):
+    sampler = manager(rooms).triplets
+    assert sampler.spread(10) == [*sampler.spread_over(0, 5), *sampler.spread_over(1, 5)]
+    assert sampler.spread_over(0, 0) == []
+    every = sampler.spread_over(0, 10**6)
+    assert len(every) == len(set(every)) < 60
 
 
 @pytest.fixture

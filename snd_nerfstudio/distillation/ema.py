@@ -1,7 +1,7 @@
 """The teacher: an exponential moving average of what the student trains, and nothing more."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -62,10 +62,25 @@ class EMATeacher(nn.Module):
             dropout: leave dropout on (the released code forgot to switch it off); off otherwise.
             method: which of its methods.
         """
-        module = student.get_submodule(submodule)
-        values = {f"module.{name}": value for name, value in self.values(submodule).items()}
-        with _uninterrupted(), _mode(module, training=dropout):
-            return functional_call(_Method(module, method), values, (inputs,))
+        return call_with(student.get_submodule(submodule), self.values(submodule), inputs, dropout, method)
+
+
+@torch.no_grad()
+def call_with(
+    module: nn.Module, values: Mapping[str, Tensor], inputs: Tensor, dropout: bool = False, method: str = "forward"
+) -> Any:
+    """Run a module with other values in place of some of its parameters, and leave it as it was.
+
+    Args:
+        module: to run.
+        values: of some of its parameters, by name.
+        inputs: of the module.
+        dropout: leave dropout on; off otherwise.
+        method: which of its methods.
+    """
+    swapped = {f"module.{name}": value for name, value in values.items()}
+    with _uninterrupted(), _mode(module, training=dropout):
+        return functional_call(_Method(module, method), swapped, (inputs,))
 
 
 class _Method(nn.Module):

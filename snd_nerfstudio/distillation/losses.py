@@ -65,6 +65,28 @@ def prototype_loss(
     )
 
 
+@torch.no_grad()
+def prototype_kl_per_token(
+    student_features: Float[Tensor, "n d"],
+    student_prototypes: Float[Tensor, "k d"],
+    teacher_features: Float[Tensor, "n d"],
+    teacher_prototypes: Float[Tensor, "k d"],
+    student_temperature: float = 1.0,
+    teacher_temperature: float = 1.0,
+    max_logits: int = MAX_LOGITS,
+) -> Float[Tensor, "n"]:
+    """KL of `prototype_loss` token by token, nats: for pictures. Arguments as of `prototype_cross_entropy`."""
+    precise = torch.promote_types(student_features.dtype, torch.float32)
+    rows = max(1, max_logits // len(student_prototypes))
+    found = [student_features.new_zeros(0, dtype=precise)]
+    with torch.autocast(student_features.device.type, enabled=False):
+        for student, teacher in zip(student_features.split(rows), teacher_features.split(rows), strict=True):
+            log_q = F.log_softmax(student.to(precise) @ student_prototypes.to(precise).T / student_temperature, dim=1)
+            log_p = F.log_softmax(teacher.to(precise) @ teacher_prototypes.to(precise).T / teacher_temperature, dim=1)
+            found.append((log_p.exp() * (log_p - log_q)).sum(dim=1))
+    return torch.cat(found)
+
+
 def prototype_cross_entropy(
     student_features: Float[Tensor, "n d"],
     student_prototypes: Float[Tensor, "k d"],

@@ -212,11 +212,16 @@ class TripletSampler:
         chosen: list[TripletIndex] = []
         per_scene = np.bincount(np.arange(count) % len(self.usable_scenes), minlength=len(self.usable_scenes))
         for scene, wanted in zip(self.usable_scenes.tolist(), per_scene.tolist(), strict=True):
-            gaps = sorted(self._pairs[scene])
-            pairs = self._pairs[scene][gaps[len(gaps) // 2]]
-            taken = min(wanted, len(pairs))
-            for place in range(taken):
-                left, right = (int(f) for f in pairs[(2 * place + 1) * len(pairs) // (2 * taken)])
-                targets = self._targets(scene, left, right)
-                chosen.append(TripletIndex((left, right), int(targets[len(targets) // 2])))
+            chosen += self.spread_over(scene, wanted)
+        return chosen
+
+    def spread_over(self, scene: int, count: int) -> list[TripletIndex]:
+        """At most ``count`` triplets spread evenly over one usable scene's path, targets in the middle."""
+        gaps = sorted(self._pairs[scene])
+        pairs = self._pairs[scene][gaps[len(gaps) // 2]]
+        taken, chosen = min(count, len(pairs)), []
+        for place in range(taken):
+            left, right = (int(f) for f in pairs[(2 * place + 1) * len(pairs) // (2 * taken)])
+            targets = self._targets(scene, left, right)
+            chosen.append(TripletIndex((left, right), int(targets[len(targets) // 2])))
         return chosen

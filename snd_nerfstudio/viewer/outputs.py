@@ -1,23 +1,28 @@
-"""The model's outputs for any camera: what viewer and renderer show."""
+"""Cameras, Gaussians and depth as nerfstudio's viewer and renderer want them."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from nerfstudio.cameras.cameras import Cameras
 from torch import Tensor
 
-from snd_nerfstudio.reconstruction.quality import gaussian_colours
 from snd_nerfstudio.scenes.views import ViewTriplet
 from snd_nerfstudio.splatting import Gaussians, PinholeCamera, Splatted, rasterize
 from snd_nerfstudio.splatting.projection import BLUR_VARIANCE
+from snd_nerfstudio.supervision.blending import blend
+from snd_nerfstudio.supervision.settings import SupervisionSettings
 from snd_nerfstudio.viewer.pca import PCABasis
 
-OUTPUT_CHANNELS = {"rgb": 3, "depth": 1, "accumulation": 1, "splatted_pca": 3, "student_pca": 3}
-"""Every output and its channels, in the order of the viewer's menu."""
+EMPTY = 1e-3
+"""Accumulated alpha below which a pixel has no feature."""
+SUPPORTED = 0.05
+"""Accumulated alpha below which a pixel has no place in space."""
+SAME_SURFACE = 0.05
+"""Share of its depth by which a point may lie behind or before what the target view saw there."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,12 @@ class ShownScene:
 
     triplet: ViewTriplet
     gaussians: Gaussians
+
+    @cached_property
+    def target_splat(self) -> Splatted:
+        """Depth and coverage of the target view."""
+        nothing = self.gaussians.means.new_zeros(len(self.gaussians), 0)
+        return rasterize(self.gaussians, self.triplet.target.camera(0), nothing)
 
 
 def to_pinhole(camera: Cameras) -> PinholeCamera:
@@ -55,7 +66,7 @@ def ray_distance(splat: Splatted, camera: PinholeCamera) -> Float[Tensor, "H W 1
 
     Where nothing was hit it is put behind everything, or it would hide the viewer's camera frusta.
     """
-    covered = splat.alpha[..., None] > 1e-3
+    covered = splat.alpha[..., None] > EMPTY
     return torch.where(covered, splat.depth[..., None], splat.depth.max()) * ray_lengths(camera)
 
 
@@ -79,38 +90,102 @@ def without_gaps(scene: ShownScene, camera: PinholeCamera) -> Gaussians:
     return replace(gaussians, scales=(gaussians.scales.square() + variances).sqrt())
 
 
-def render_outputs(
+def target_colours(
     scene: ShownScene,
-    camera: PinholeCamera,
-    gaussian_pca: Float[Tensor, "n 3"],
+    values: Float[Tensor, "n 3"],
     basis: PCABasis,
-    student: Callable[[Float[Tensor, "1 3 H W"]], Float[Tensor, "1 h w c"]],
-) -> dict[str, Tensor]:
-    """Render everything for one camera, at the camera's size; every value is finite.
+    settings: SupervisionSettings,
+    blending: float,
+) -> tuple[Float[Tensor, "H W 3"], Float[Tensor, "H W 3"]]:
+    """The target view's splatted features in colour on black, before and after blending (paper equation 4).
 
-    Splatting is linear, so features are projected to three channels before they are splatted, not after.
+    Splatting and blending are linear, so both are done to three coordinates instead of all channels.
 
     Args:
-        scene: what to render.
-        camera: from where.
-        gaussian_pca: the Gaussians' features, projected on the basis.
+        scene: what is shown.
+        values: the Gaussians' features, projected on the basis.
         basis: colours of features.
-        student: tokens of an image in [0, 1].
+        settings: of the teacher's path.
+        blending: alpha of equation 4.
     """
-    colours = gaussian_colours(scene.gaussians, scene.triplet.context, camera)
-    splat = rasterize(without_gaps(scene, camera), camera, torch.cat([colours, gaussian_pca], dim=1))
-    alpha = splat.alpha[..., None]
-    rgb = splat.features[..., :3].clamp(0, 1)
-    splatted = basis.colour(splat.features[..., 3:] / alpha.clamp(min=1e-3)) * alpha
-    size = (scene.triplet.target.height, scene.triplet.target.width)
-    seen = F.interpolate(rearrange(rgb, "H W c -> 1 c H W"), size=size, mode="bilinear", antialias=True)
-    tokens = basis.colour(basis.project(student(seen.clamp(0, 1))))
-    grown = F.interpolate(rearrange(tokens, "1 h w c -> 1 c h w"), size=(camera.height, camera.width), mode="nearest")
-    outputs = {
-        "rgb": rgb,
-        "depth": ray_distance(splat, camera),
-        "accumulation": alpha,
-        "splatted_pca": splatted,
-        "student_pca": rearrange(grown, "1 c H W -> H W c"),
-    }
-    return {name: torch.nan_to_num(value, nan=0.0, posinf=0.0, neginf=0.0) for name, value in outputs.items()}
+    target = scene.triplet.target
+    ones = torch.ones_like(values[:, :1])
+    splat = rasterize(scene.gaussians, target.camera(0), torch.cat([values, ones], 1), footprint=settings.footprint)
+    alpha, mask, weighted = splat.alpha[..., None], target.mask(0), settings.weighting == "coverage"
+    splatted = basis.colour(splat.features[..., :3] / alpha.clamp(min=EMPTY)) * alpha
+    blended = splat.features
+    if mask is not None:
+        blended = blend(blended, mask, blending, splat.alpha if weighted else None)
+    if weighted:
+        return splatted, basis.colour(blended[..., :3] / alpha.clamp(min=EMPTY)) * alpha
+    # coordinates are of features less their mean, which was subtracted from a pixel only as far as it is covered
+    origin = basis.project(torch.zeros_like(basis.mean))
+    return splatted, basis.colour(blended[..., :3] + (1 - blended[..., 3:]) * origin)
+
+
+@dataclass(frozen=True)
+class TargetPixels:
+    """Where the target view saw what another camera sees."""
+
+    places: Float[Tensor, "H W 2"]
+    """Column and row in the target view, as `grid_sample` wants them."""
+    seen: Bool[Tensor, "H W"]
+    """Whether the target view saw it at all."""
+
+    def take(self, picture: Float[Tensor, "h w c"], flat: bool = False) -> Float[Tensor, "H W c"]:
+        """A picture of the target view, drawn on what this camera sees; 0 where the target did not see it.
+
+        Args:
+            picture: of the target view's shape, in any resolution.
+            flat: take the nearest pixel instead of interpolating.
+        """
+        taken = F.grid_sample(
+            rearrange(picture, "h w c -> 1 c h w"),
+            self.places[None],
+            mode="nearest" if flat else "bilinear",
+            padding_mode="border",
+            align_corners=False,
+        )
+        return rearrange(taken, "1 c h w -> h w c") * self.seen[..., None]
+
+    def take_labels(self, labels: Int[Tensor, "h w"]) -> Int[Tensor, "H W"]:
+        """As `take`, of whole numbers below 2**24."""
+        return self.take(labels[..., None].float(), flat=True)[..., 0].round().to(labels.dtype)
+
+
+def target_pixels(scene: ShownScene, camera: PinholeCamera, splat: Splatted) -> TargetPixels:
+    """Follow every pixel of a camera to the target view.
+
+    From the target's own position the depth does not matter, and everything in its picture is seen. From elsewhere a
+    pixel is a point at the depth of what was splatted there, and what is hidden from the target is not seen.
+
+    Args:
+        scene: what is shown.
+        camera: from where.
+        splat: the scene from there.
+    """
+    target = scene.triplet.target.camera(0)
+    pose, other = camera.camera_to_world, target.camera_to_world.to(camera.camera_to_world)
+    depth = scene.target_splat.depth
+    known = depth[scene.target_splat.alpha > SUPPORTED]
+    middle = known.median() if len(known) else torch.ones_like(depth).max()
+    in_place = bool((pose[:3, 3] - other[:3, 3]).norm() < 1e-3 * middle)
+    z = torch.where(splat.alpha > SUPPORTED, splat.depth, middle)
+    if in_place:
+        z = torch.ones_like(z)
+    rows = torch.arange(camera.height, device=z.device) + 0.5
+    columns = torch.arange(camera.width, device=z.device) + 0.5
+    x = (columns[None, :] - camera.intrinsics[0, 2]) / camera.intrinsics[0, 0] * z
+    y = (rows[:, None] - camera.intrinsics[1, 2]) / camera.intrinsics[1, 1] * z
+    points = torch.stack([x, y, z], dim=-1) @ pose[:3, :3].T
+    offset = torch.zeros_like(pose[:3, 3]) if in_place else pose[:3, 3] - other[:3, 3]
+    local = (points + offset) @ other[:3, :3]
+    ahead = local[..., 2].clamp(min=1e-6)
+    u = (local[..., 0] / ahead * target.intrinsics[0, 0] + target.intrinsics[0, 2]) / target.width
+    v = (local[..., 1] / ahead * target.intrinsics[1, 1] + target.intrinsics[1, 2]) / target.height
+    places = TargetPixels(torch.stack([2 * u - 1, 2 * v - 1], dim=-1), local[..., 2] > 0)
+    seen = places.seen & (u >= 0) & (u < 1) & (v >= 0) & (v < 1)
+    if not in_place:
+        surface = places.take(depth[..., None], flat=True)[..., 0]
+        seen &= (splat.alpha > SUPPORTED) & ((ahead - surface).abs() < SAME_SURFACE * ahead)
+    return replace(places, seen=seen)

@@ -1,6 +1,6 @@
 """What is on display while a reconstructor is trained: the shown triplet, as the network reconstructs it now."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import Optional
 
 import torch
@@ -50,7 +50,7 @@ class ReconstructionDisplay(GuardedDisplay):
             self._scene = scene
         return scene
 
-    def _pictures(self, camera: PinholeCamera) -> dict[str, Tensor]:
+    def _pictures(self, camera: PinholeCamera, wanted: Set[str]) -> dict[str, Tensor]:
         scene = self.scene()
         colours = gaussian_colours(scene.gaussians, scene.triplet.context, camera)
         splat = rasterize(without_gaps(scene, camera), camera, colours)

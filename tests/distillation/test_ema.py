@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from snd_nerfstudio.distillation.ema import EMATeacher
+from snd_nerfstudio.distillation.ema import EMATeacher, call_with
 from snd_nerfstudio.distillation.head import DINOHead, HeadSettings
 
 
@@ -72,6 +72,35 @@ def test_the_teacher_has_no_dropout_unless_asked_and_leaves_the_student_s_mode_a
         teacher.call(student, "backbone", x, dropout=True), teacher.call(student, "backbone", x, dropout=True)
     )
     assert student.backbone[1].training
+
+
+def test_a_module_runs_with_other_values_in_place_of_some_and_keeps_its_own():
+    module = Pair().backbone.train()
+    before = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+    own, x = module[0].weight, torch.randn(5, 2)
+    other = torch.randn(3, 2)
+    found = call_with(module, {"0.weight": other}, x)
+    torch.testing.assert_close(found, x @ other.T + module[0].bias)
+    assert not found.requires_grad
+    assert module[0].weight is own and own.requires_grad and module.training and module[1].training
+    assert all(torch.equal(parameter, before[name]) for name, parameter in module.named_parameters())
+    torch.testing.assert_close(call_with(module, {}, x), module.eval()(x).detach())
+
+
+def test_a_module_that_runs_with_other_values_drops_out_only_if_asked():
+    module, x = Pair().backbone.eval(), torch.randn(200, 2)
+    values = {"0.weight": torch.ones(3, 2)}
+    assert torch.equal(call_with(module, values, x), call_with(module, values, x))
+    dropped = call_with(module, values, x, dropout=True)
+    assert 0.3 < (dropped == 0).float().mean() < 0.7 and not module.training and not module[1].training
+
+
+def test_a_module_that_fails_with_other_values_is_left_as_it_was():
+    module = Pair().backbone.train()
+    own = module[0].weight
+    with pytest.raises(RuntimeError):
+        call_with(module, {"0.weight": torch.ones(3, 2)}, torch.randn(5, 7))
+    assert module[0].weight is own and module.training and module[1].training
 
 
 def test_a_render_that_is_interrupted_anywhere_leaves_the_student_its_own_weights():

@@ -10,6 +10,7 @@ from snd_nerfstudio.distillation.head import DINOHead, HeadSettings
 from snd_nerfstudio.distillation.losses import (
     cosine_similarity,
     prototype_cross_entropy,
+    prototype_kl_per_token,
     prototype_loss,
     quadratic_cross_entropy,
 )
@@ -261,6 +262,36 @@ def test_chunks_on_the_gpu_give_what_they_give_on_the_cpu():
         torch.testing.assert_close(values(there).cpu(), values(here), rtol=0, atol=1e-12)
         for found, expected in zip(gradients(there, moved), gradients(here, parts), strict=True):
             torch.testing.assert_close(found.cpu(), expected, rtol=0, atol=1e-12)
+
+
+# ---------------------------------------------------------------------- token by token
+
+
+@pytest.mark.parametrize("max_logits", [1, 23, 2 * 23, 4 * 23 + 5, 11 * 23, 10**6])
+@pytest.mark.parametrize("temperatures", [(1.0, 1.0), (0.1, 0.04)])
+def test_the_divergence_of_each_token_is_its_share_of_the_loss(max_logits, temperatures):
+    parts = features_and_prototypes()
+    found = prototype_kl_per_token(*parts, *temperatures, max_logits)
+    assert found.shape == (11,) and not found.requires_grad
+    assert float(found.mean()) == pytest.approx(float(plain(*parts, *temperatures).kl), abs=1e-12)
+    for place in (0, 4, 10):
+        one = parts[0][place : place + 1], parts[1], parts[2][place : place + 1], parts[3]
+        assert float(found[place]) == pytest.approx(float(plain(*one, *temperatures).kl), abs=1e-12)
+
+
+def test_the_divergence_of_each_token_is_zero_for_the_teacher_itself_and_of_no_token_it_is_empty():
+    features, prototypes, *_ = features_and_prototypes(dtype=torch.float32)
+    assert prototype_kl_per_token(features, prototypes, features, prototypes).abs().max() < 1e-6
+    nothing = prototype_kl_per_token(features[:0], prototypes, features[:0], prototypes)
+    assert nothing.shape == (0,) and nothing.dtype == torch.float32
+
+
+def test_the_divergence_of_each_token_is_computed_in_float32_and_never_of_more_logits_than_it_may():
+    parts = features_and_prototypes(n=64, k=512, d=1, dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16), Watched() as watched:
+        found = prototype_kl_per_token(*parts, max_logits=2048)
+    assert watched.largest == 2048
+    assert torch.equal(found, prototype_kl_per_token(*parts, max_logits=2048)) and found.dtype == torch.float32
 
 
 # ---------------------------------------------------------------------- to second order

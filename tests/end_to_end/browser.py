@@ -1,4 +1,4 @@
-"""A headless Chromium in front of nerfstudio's viewer, and the `ns-train` behind it.
+"""A headless Chromium in front of nerfstudio's viewer, and the command behind it.
 
 `python -m tests.end_to_end.browser --data <rooms> --out docs/images` takes the documentation's pictures.
 """
@@ -102,8 +102,8 @@ def difference(one: np.ndarray, other: np.ndarray) -> float:
     return float(np.abs(one.astype(np.float32) - other.astype(np.float32)).mean())
 
 
-class Training:
-    """A running `ns-train` with a viewer.
+class Server:
+    """A running `ns-train` or `ns-viewer`.
 
     Args:
         process: leader of a process group of its own.
@@ -131,37 +131,37 @@ class Training:
             RuntimeError: the process has ended.
         """
         if not self.alive:
-            raise RuntimeError(f"ns-train ended with {self.process.returncode}:\n{self.output[-3000:]}")
+            raise RuntimeError(f"the process ended with {self.process.returncode}:\n{self.output[-3000:]}")
         with socket.socket() as probe:
             probe.settimeout(1)
             return probe.connect_ex(("127.0.0.1", self.port)) == 0
 
 
 @contextmanager
-def training(arguments: Sequence[str], folder: Path, seconds: float = 60) -> Iterator[Training]:
-    """Run `ns-train` until the block is left; then its whole process group is killed.
+def serving(command: Sequence[str], folder: Path, seconds: float = 60) -> Iterator[Server]:
+    """Run a command with a viewer until the block is left; then its whole process group is killed.
 
     Args:
-        arguments: of `ns-train`, without the viewer's port and the output folder.
-        folder: for its output.
+        command: the program and its arguments, without the viewer's port.
+        folder: where it runs and its output goes.
         seconds: how long the viewer may take to listen.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    port, log = free_port(), folder / "ns-train.log"
-    command = [
-        str(Path(sys.executable).with_name("ns-train")),
-        *arguments,
-        *("--viewer.websocket-port", str(port), "--output-dir", str(folder / "runs")),
-    ]
+    port, log = free_port(), folder / "output.log"
     # idle OpenMP threads must not spin: the browser's software renderer needs the cores
     environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "PYTHONUNBUFFERED": "1"}
     with log.open("wb") as file:
         process = subprocess.Popen(
-            command, stdout=file, stderr=subprocess.STDOUT, env=environment, cwd=folder, start_new_session=True
+            [*command, "--viewer.websocket-port", str(port)],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            cwd=folder,
+            start_new_session=True,
         )
     try:
-        running = Training(process, log, port)
-        wait_until(running.listening, "ns-train's viewer listens", seconds)
+        running = Server(process, log, port)
+        wait_until(running.listening, "the viewer listens", seconds)
         yield running
     finally:
         # the group's id is its leader's, which stays reserved until the leader is waited for
@@ -170,6 +170,11 @@ def training(arguments: Sequence[str], folder: Path, seconds: float = 60) -> Ite
         except ProcessLookupError:
             pass
         process.wait(timeout=20)
+
+
+def program(name: str) -> str:
+    """One of the installed commands."""
+    return str(Path(sys.executable).with_name(name))
 
 
 class ViewerTab:
@@ -239,6 +244,37 @@ class ViewerTab:
         """Press a button."""
         self.page.get_by_role("button", name=button, exact=True).click()
 
+    def open_folder(self, name: str) -> None:
+        """Unfold a closed folder of the panel."""
+        self.page.get_by_text(name, exact=True).first.click()
+
+    def value(self, label: str) -> str:
+        """What a menu or number of the panel shows."""
+        return self.page.get_by_label(label, exact=True).input_value()
+
+    def choose(self, label: str, option: str | int) -> None:
+        """Choose an entry of a menu of the panel, by its text or its place."""
+        self.page.get_by_label(label, exact=True).click()
+        entries = self.page.get_by_role("option")
+        entries.first.wait_for()
+        entry = (
+            self.page.get_by_role("option", name=option, exact=True) if isinstance(option, str) else entries.nth(option)
+        )
+        wanted = entry.inner_text().strip()
+        entry.click()
+        wait_until(lambda: self.value(label) == wanted, f"{label} shows {wanted}", 10)
+
+    def shows(self, text: str | re.Pattern[str], seconds: float = 30) -> str:
+        """Wait until the page shows some text, and return the whole of its element."""
+        found = self.page.get_by_text(text).first
+        found.wait_for(timeout=seconds * 1000)
+        return found.inner_text()
+
+    def point_at(self, right: float, down: float) -> None:
+        """Click into the 3D view, at shares of its width and height."""
+        box = self._canvas.bounding_box()
+        self.page.mouse.click(box["x"] + right * box["width"], box["y"] + down * box["height"])
+
     def show_cameras(self, visible: bool) -> None:
         """Show or hide the training cameras' frusta and thumbnails."""
         button = self.page.get_by_role("button", name="Show Train Cams" if visible else "Hide Train Cams", exact=True)
@@ -248,7 +284,7 @@ class ViewerTab:
     @property
     def output(self) -> str:
         """The chosen "Output type"."""
-        return self.page.get_by_label("Output type", exact=True).input_value()
+        return self.value("Output type")
 
     @property
     def output_types(self) -> list[str]:
@@ -261,9 +297,7 @@ class ViewerTab:
 
     def choose_output(self, name: str) -> None:
         """Choose an entry of the "Output type" menu."""
-        self.page.get_by_label("Output type", exact=True).click()
-        self.page.get_by_role("option", name=name, exact=True).click()
-        wait_until(lambda: self.output == name, f"the menu shows {name}", 10)
+        self.choose("Output type", name)
         self.page.mouse.move(400, 20)  # away from the panel, where explanations pop up under it
 
     def drag(self, right: int, down: int) -> None:
@@ -292,7 +326,9 @@ class ViewerTab:
 
 
 @contextmanager
-def viewer_tab(screenshots: Sequence[Path] = (), sharp: bool = False, size: tuple[int, int] = (1280, 800)) -> Iterator:
+def viewer_tab(
+    screenshots: Sequence[Path] = (), sharp: bool = False, size: tuple[int, int] = (1280, 800)
+) -> Iterator[ViewerTab]:
     """A tab in a fresh headless Chromium.
 
     Args:
@@ -305,15 +341,30 @@ def viewer_tab(screenshots: Sequence[Path] = (), sharp: bool = False, size: tupl
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium(), args=list(CHROMIUM_FLAGS), timeout=30_000)
         try:
-            page = browser.new_page(viewport={"width": size[0], "height": size[1]})
-            page.set_default_timeout(20_000)
-            # nerfstudio's logo and the like: nothing is to leave this machine
-            page.route(lambda url: not url.startswith("http://127.0.0.1:"), lambda route: route.abort())
-            if sharp:
-                page.add_init_script(SHARP)
-            yield ViewerTab(page, screenshots)
+            yield ViewerTab(_new_page(browser, size, sharp), screenshots)
         finally:
             browser.close()
+
+
+@contextmanager
+def another_tab(tab: ViewerTab) -> Iterator[ViewerTab]:
+    """One more tab in a tab's browser, of the same size."""
+    size = tab.page.viewport_size
+    page = _new_page(tab.page.context.browser, (size["width"], size["height"]), sharp=False)
+    try:
+        yield ViewerTab(page)
+    finally:
+        page.close()
+
+
+def _new_page(browser: Any, size: tuple[int, int], sharp: bool) -> Any:
+    page = browser.new_page(viewport={"width": size[0], "height": size[1]})
+    page.set_default_timeout(20_000)
+    # nerfstudio's logo and the like: nothing is to leave this machine
+    page.route(lambda url: not url.startswith("http://127.0.0.1:"), lambda route: route.abort())
+    if sharp:
+        page.add_init_script(SHARP)
+    return page
 
 
 def documentation_pictures(data: Path, out: Path, scratch: Path, steps: int = 100) -> None:
@@ -321,29 +372,43 @@ def documentation_pictures(data: Path, out: Path, scratch: Path, steps: int = 10
 
     Args:
         data: rooms of 112x168 pixels or more.
-        out: folder for ``viewer_<output>.png``.
+        out: folder for ``viewer_<name>.png``.
         scratch: folder for the training's output.
         steps: how long to train first.
     """
-    arguments = ["snd-tiny", "--data", str(data.resolve()), "--vis", "viewer+tensorboard"]
+    command = [program("ns-train"), "snd-tiny", "--data", str(data.resolve()), "--vis", "viewer+tensorboard"]
     # the paper's value: with the tiny method's own the teacher soon leaves the colours that were fitted at the start
-    arguments += ["--pipeline.model.ema-momentum", "0.999"]
+    command += ["--pipeline.model.ema-momentum", "0.999", "--max-num-iterations", "1000000"]
     out.mkdir(parents=True, exist_ok=True)
-    with training([*arguments, "--max-num-iterations", "1000000"], scratch) as running, viewer_tab(sharp=True) as tab:
+    with serving([*command, "--output-dir", str(scratch / "runs")], scratch) as running, viewer_tab(sharp=True) as tab:
         tab.connect(running.port)
         wait_until(lambda: tab.step >= steps, f"step {steps}", 300)
         tab.page.wait_for_timeout(40_000)  # until the resolution of the 3D view has settled, see SHARP
-        before = None
-        for output in ("rgb", "splatted_pca"):
-            if output != tab.output:
-                tab.choose_output(output)
+        before = tab.settle(None, 120)
+        _document(tab, out / "viewer_rgb.png")
+        for output in ("splatted_pca", "clusters"):
+            tab.choose_output(output)
             before = tab.settle(before, 120)
-            top = tab.page.locator("canvas[data-engine]").bounding_box()["y"]
-            data_png = tab.page.screenshot(clip={"x": 0, "y": top, "width": 1280, "height": 800 - top})
-            picture = Image.open(io.BytesIO(data_png)).convert("RGB")
-            # smaller files: fewer pixels, not a palette, which would change the features' colours
-            picture = picture.resize((960, round(960 * picture.height / picture.width)), Image.Resampling.LANCZOS)
-            picture.point(lambda value: value & 0xFC).save(out / f"viewer_{output}.png", optimize=True)
+            tab.page.mouse.wheel(0, -5000)
+            _document(tab, out / f"viewer_{output}.png")
+        tab.open_folder("Matches")
+        tab.click("Click a point")
+        tab.shows("Now click into the picture.")
+        tab.point_at(0.3, 0.75)
+        tab.shows("Best matches:")
+        tab.choose_output("similarity")
+        tab.settle(before, 120)
+        tab.page.get_by_text("Best matches:").scroll_into_view_if_needed()
+        _document(tab, out / "viewer_matches.png")
+
+
+def _document(tab: ViewerTab, file: Path) -> None:
+    """The page below nerfstudio's title bar, smaller: fewer pixels, not a palette, which would change colours."""
+    top = tab.page.locator("canvas[data-engine]").bounding_box()["y"]
+    data = tab.page.screenshot(clip={"x": 0, "y": top, "width": 1280, "height": 800 - top})
+    picture = Image.open(io.BytesIO(data)).convert("RGB")
+    picture = picture.resize((960, round(960 * picture.height / picture.width)), Image.Resampling.LANCZOS)
+    picture.point(lambda value: value & 0xFC).save(file, optimize=True)
 
 
 if __name__ == "__main__":

@@ -18,11 +18,11 @@ class Fragile(GuardedDisplay):
         self.error = None
         self.weight = torch.ones(1, requires_grad=True)
 
-    def _pictures(self, camera):
+    def _pictures(self, camera, wanted):
         if self.error is not None:
             raise self.error
         shape = (camera.height, camera.width)
-        return {name: self.weight * torch.ones(*shape, count) for name, count in self.CHANNELS.items()}
+        return {name: self.weight * torch.ones(*shape, self.CHANNELS[name]) for name in wanted}
 
 
 def test_pictures_are_passed_on_without_gradient():
@@ -62,3 +62,33 @@ def test_a_newer_camera_interrupts(capsys):
 def test_blank_outputs_have_every_channel():
     outputs = blank_outputs({"a": 3, "b": 1}, 4, 5, CPU)
     assert list(outputs) == ["a", "b"] and outputs["a"].shape == (4, 5, 3) and (outputs["b"] == 0.5).all()
+
+
+def test_what_is_not_wanted_is_grey():
+    display = Fragile()
+    display.wanted = lambda: {"depth"}
+    outputs = display.render(CAMERA, CPU)
+    assert list(outputs) == ["rgb", "depth"] and outputs["rgb"].shape == (6, 8, 3)
+    assert (outputs["rgb"] == 0.5).all() and (outputs["depth"] == 1).all()
+
+
+def test_what_went_wrong_is_reported_once_and_taken_back_once():
+    display, reports = Fragile(), []
+    display.report = reports.append
+    for error in (None, ValueError("bad pose"), ValueError("worse"), None, None, KeyError("rgb")):
+        display.error = error
+        display.render(CAMERA, CPU)
+    assert reports == ["Rendering failed: ValueError: bad pose", None, "Rendering failed: KeyError: 'rgb'"]
+
+
+def test_an_interruption_is_neither_a_failure_nor_a_recovery():
+    display, reports = Fragile(), []
+    display.report = reports.append
+    for error in (IOChangeException(), ValueError("bad pose"), IOChangeException(), ValueError("bad pose")):
+        display.error = error
+        if isinstance(error, IOChangeException):
+            with pytest.raises(IOChangeException):
+                display.render(CAMERA, CPU)
+        else:
+            display.render(CAMERA, CPU)
+    assert reports == ["Rendering failed: ValueError: bad pose"]
