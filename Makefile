@@ -32,7 +32,7 @@ demo: $(DEMO)/eval.json $(DEMO)/backbone/manifest.json
 	@echo "Run:       $(RUN)"
 	@echo "Metrics:   $(DEMO)/eval.json      Pictures: $(DEMO)/pictures"
 	@echo "Backbone:  $(DEMO)/backbone/snd_backbone.safetensors"
-	@echo "Look at it in a browser:  $(BIN)/ns-viewer --load-config $(RUN)/config.yml --viewer.websocket-host 127.0.0.1"
+	@echo "Look at it in a browser:  $(BIN)/ns-viewer --load-config $(RUN)/config.yml"
 
 $(DEMO)/rooms/metadata/nvs_sem_val.txt: | check-system
 	$(BIN)/python -m snd_nerfstudio.scenes.rooms --out $(DEMO)/rooms --scenes 4 --seed 0 --height 112 --width 168

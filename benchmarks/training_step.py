@@ -66,13 +66,14 @@ def make_pipeline(settings: TrainingStepBenchmark, rooms: Path, cache: Optional[
     pipeline.datamanager.image_size = settings.image_size
     pipeline.datamanager.reconstructor = "depth"
     pipeline.datamanager.operator_cache = cache
+    pipeline.checked_triplets = 0  # the reconstruction is not measured first
     pipeline.model.backbone, pipeline.model.weights = settings.backbone, "random"
     pipeline.model.head.prototypes = settings.prototypes
     pipeline.model.head.form = model.get("form", "exact")
     pipeline.model.supervision.path = model.get("path", "token")
     pipeline.model.precision = model.get("precision", "float32")
     with redirect_stdout(StringIO()):
-        built = pipeline.setup(device=settings.device, test_mode="inference")
+        built = pipeline.setup(device=settings.device, test_mode="val")
     if settings.reconstructor == "mvsplat":
         from snd_nerfstudio.reconstruction.mvsplat import MVSplat, MVSplatSettings
         from snd_nerfstudio.reconstruction.mvsplat.reconstructor import MVSplatReconstructor
