@@ -30,6 +30,8 @@ from snd_nerfstudio.viewer.start import StartingCamera
 
 CONTEXT_COLOUR, TARGET_COLOUR = (66, 135, 245), (245, 150, 50)
 PICKED_COLOUR, MATCH_COLOUR = (255, 60, 60), (90, 220, 90)
+NOTHING = object()
+"""What an action returns that had nothing to do."""
 POINT_SIZE = 0.012
 """Radius of clicked and matched points, as a share of their distance from the target view."""
 STRIP_WIDTH = 560
@@ -81,8 +83,7 @@ class ScenePanel(ViewerControl, ABC):
         self._indices = source.shown_indices(self._scene)
         self._number = 0
         self._nodes: list[Any] = []
-        self._setting = False
-        self._problem: Optional[str] = None
+        self._problems: dict[str, str] = {}
 
     @abstractmethod
     def _show(self, triplet: ViewTriplet) -> None:
@@ -131,25 +132,25 @@ class ScenePanel(ViewerControl, ABC):
         save = self._gui.add_button("Save view as PNG", hint="Downloads the chosen output from this camera")
         self._on_click(save, self._save_view)
 
-    def _on(self, element: Any, action: Callable[[Any], None]) -> None:
+    def _on(self, element: Any, action: Callable[[Any], Any]) -> None:
         element.on_update(self._guarded(action))
 
-    def _on_click(self, button: Any, action: Callable[[Any], None]) -> None:
+    def _on_click(self, button: Any, action: Callable[[Any], Any]) -> None:
         button.on_click(self._guarded(action))
 
-    def _guarded(self, action: Callable[[Any], None]) -> Callable[[Any], None]:
+    def _guarded(self, action: Callable[[Any], Any]) -> Callable[[Any], None]:
         """Wait for training and rendering, and show what goes wrong."""
 
         def callback(event: Any) -> None:
-            if self._setting:  # set by the program, not by a person
-                return
             lock = self.viewer.train_lock
             try:
                 with torch.no_grad(), lock if lock is not None else contextlib.nullcontext():
-                    action(event)
+                    done = action(event)
+                if done is not NOTHING:
+                    self._tell("action", None)
             except Exception as error:
                 CONSOLE.log(f"[red]Viewer: {type(error).__name__}: {error}")
-                self._report(f"{type(error).__name__}: {error}")
+                self._tell("action", f"{type(error).__name__}: {error}")
             self.viewer._trigger_rerender()
 
         return callback
@@ -165,16 +166,24 @@ class ScenePanel(ViewerControl, ABC):
         return {next(iter(self._display.CHANNELS)) if name == "not set" else name for name in shown}
 
     def _report(self, problem: Optional[str]) -> None:
-        self._problem = problem
-        self._say()
+        self._tell("render", problem)
+
+    def _tell(self, of: str, problem: Optional[str]) -> None:
+        """Show what went wrong in the last `action` or `render`, or that it went well."""
+        before = dict(self._problems)
+        if problem is None:
+            self._problems.pop(of, None)
+        else:
+            self._problems[of] = problem
+        if self._problems != before:
+            self._say()
 
     def _say(self, more: str = "") -> None:
         triplet = self._triplet
         lines = [f"**{triplet.scene}** ", f"{', '.join(triplet.context.names)} → {triplet.target.names[0]}"]
         if more:
             lines.append(more)
-        if self._problem is not None:
-            lines.insert(0, f"⚠️ **{self._problem}**")
+        lines = [*(f"⚠️ **{problem}**" for problem in self._problems.values()), *lines]
         self._status.content = "  \n".join(lines)
 
     # ------------------------------------------------------------------ scene and triplet
@@ -182,32 +191,35 @@ class ScenePanel(ViewerControl, ABC):
     def _triplet_names(self) -> list[str]:
         return [f"{place + 1}: {self._source.shown_name(index)}" for place, index in enumerate(self._indices)]
 
-    def _choose_scene(self, scene: str) -> None:
-        if scene == self._scene:
-            return
-        indices = self._source.shown_indices(scene)
-        self._show(self._source.shown(indices[0]))  # before anything else: it may fail
-        self._scene, self._indices, self._number = scene, indices, 0
-        self._setting = True
+    def _choose_scene(self, scene: str) -> Any:
+        if scene == self._scene:  # chosen by the program
+            return NOTHING
         try:
-            self._triplet_menu.options = self._triplet_names()
-            self._triplet_menu.value = self._triplet_names()[0]
-        finally:
-            self._setting = False
+            indices = self._source.shown_indices(scene)
+            self._show(self._source.shown(indices[0]))
+        except Exception:
+            self._scene_menu.value = self._scene
+            raise
+        self._scene, self._indices, self._number = scene, indices, 0
+        self._triplet_menu.options = self._triplet_names()
+        self._triplet_menu.value = self._triplet_names()[0]
         self._draw_world(scene)
         self._shown_anew()
         self._look_from_target()
 
-    def _choose_triplet(self, name: str) -> None:
-        number = self._triplet_names().index(name)
-        if number == self._number:
-            return
-        self._show(self._source.shown(self._indices[number]))
-        self._number = number
+    def _choose_triplet(self, name: str) -> Any:
+        names = self._triplet_names()
+        if name not in names or names.index(name) == self._number:  # chosen by the program, maybe for an earlier scene
+            return NOTHING
+        try:
+            self._show(self._source.shown(self._indices[names.index(name)]))
+        except Exception:
+            self._triplet_menu.value = names[self._number]
+            raise
+        self._number = names.index(name)
         self._shown_anew()
 
     def _shown_anew(self) -> None:
-        self._problem = None
         self._draw_frusta()
         self._say()
 

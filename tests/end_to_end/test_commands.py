@@ -2,10 +2,12 @@
 
 import json
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -83,7 +85,24 @@ def test_evaluation_reports_every_metric_over_the_held_out_triplets(trained, tmp
     for name in ("cosine", "coverage", "psnr", "psnr_covered", "kl", "teacher_entropy", "learned_tokens"):
         assert {name, f"{name}_std"} <= set(results)
     assert 0.5 < results["cosine"] < 1 and results["coverage"] > 0.9 and results["psnr"] > 15
-    assert len(list((tmp_path / "pictures").glob("eval_*_student_pca.png"))) == 3
+    assert len(list((tmp_path / "pictures").glob("eval_*_features.png"))) == 3
+
+
+@pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="nerfstudio renders nothing without ffmpeg")
+def test_a_video_of_features_is_rendered_along_the_cameras(trained, tmp_path):
+    import cv2
+
+    file = tmp_path / "features.mp4"
+    poses = ["--pose-source", "train", "--interpolation-steps", 1]
+    names = ["--rendered-output-names", "rgb", "splatted_pca"]
+    run("ns-render", "interpolate", "--load-config", trained / "config.yml", "--output-path", file, *poses, *names)
+    video, frames = cv2.VideoCapture(str(file)), []
+    while (read := video.read())[0]:
+        frames.append(read[1])
+    assert len(frames) >= 10 and frames[0].shape == (56, 2 * 84, 3)
+    colours, features = (np.stack([frame[:, part] for frame in frames]) for part in (slice(84), slice(84, 168)))
+    assert np.abs(colours.astype(float) - features.astype(float)).mean() > 15
+    assert features.std() > 20 and np.abs(np.diff(features[:10].astype(float), axis=0)).mean() > 0.5
 
 
 @pytest.mark.parametrize(("command", "which"), [("ns-export", "teacher"), ("snd-export", "student")])

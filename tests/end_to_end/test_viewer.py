@@ -261,6 +261,19 @@ def test_the_triplets_pictures_are_drawn_on_demand(session: Session) -> None:
     assert width > 300 and height > 300
 
 
+def test_the_view_can_be_saved_as_png(session: Session) -> None:
+    """What is downloaded is what is seen, without frusta."""
+    tab = session.tab
+    tab.show_cameras(False)
+    seen = show(session, "splatted_pca")
+    with tab.page.expect_download() as download:
+        tab.click("Save view as PNG")
+    assert download.value.suggested_filename == "room_0000_splatted_pca.png"
+    saved = np.asarray(Image.open(download.value.path()).convert("RGB"))
+    tab.show_cameras(True)
+    assert saved.shape[0] >= 128 and likeness(seen, saved) > 0.8
+
+
 def test_an_error_in_the_model_is_shown_and_the_tab_survives(session: Session) -> None:
     """In the panel while it lasts, once in the terminal; then the picture is back."""
     tab, fault = session.tab, session.folder / "fault"
