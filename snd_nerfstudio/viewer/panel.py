@@ -34,7 +34,7 @@ NOTHING = object()
 """What an action returns that had nothing to do."""
 POINT_SIZE = 0.012
 """Radius of clicked and matched points, as a share of their distance from the target view."""
-STRIP_WIDTH = 560
+STRIP_WIDTH = 320
 """Width of pictures in the panel, pixels."""
 
 

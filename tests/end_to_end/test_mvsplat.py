@@ -10,7 +10,7 @@ import torch
 
 from snd_nerfstudio.reconstruction.mvsplat import MVSplat, MVSplatSettings
 from tests.conftest import SMALL_MVSPLAT
-from tests.end_to_end.browser import chromium, difference, time_limit, training, viewer_tab, wait_until
+from tests.end_to_end.browser import chromium, difference, program, serving, time_limit, viewer_tab, wait_until
 from tests.end_to_end.commands import curve, run, tiny_training
 
 STEPS = 12
@@ -116,10 +116,11 @@ def test_distillation_by_the_exported_file_is_the_same(trained, exported, rooms,
 @pytest.mark.skipif(chromium() is None, reason="no Chromium on this system")
 def test_the_viewer_shows_colours_and_depth_while_the_network_is_trained(rooms, tmp_path):
     pytest.importorskip("playwright.sync_api", reason="playwright is missing", exc_type=ImportError)
-    arguments = ["mvsplat-tiny", "--data", rooms, "--vis", "viewer+tensorboard", "--max-num-iterations", "1000000"]
-    arguments += ["--pipeline.datamanager.image-size", HEIGHT, WIDTH, *small_network()]
+    command = [program("ns-train"), "mvsplat-tiny", "--data", str(rooms), "--vis", "viewer+tensorboard"]
+    command += ["--max-num-iterations", "1000000", "--output-dir", str(tmp_path / "runs")]
+    command += map(str, ["--pipeline.datamanager.image-size", HEIGHT, WIDTH, *small_network()])
     window = viewer_tab([tmp_path], size=(960, 600))
-    with time_limit(300), training([str(word) for word in arguments], tmp_path) as running, window as tab:
+    with time_limit(300), serving(command, tmp_path) as running, window as tab:
         tab.connect(running.port)
         tab.click("Fast")
         colours = tab.settle()
