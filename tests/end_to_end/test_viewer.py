@@ -36,6 +36,7 @@ OURS = ["rgb", "depth", "accumulation", "splatted_pca", "blended_pca", "student_
 OURS += ["clusters"]
 FRAGILE = """
 import sys
+import threading
 from pathlib import Path
 from nerfstudio.scripts.train import entrypoint
 from snd_nerfstudio.snd_model import SnDModel
@@ -43,7 +44,7 @@ from snd_nerfstudio.snd_model import SnDModel
 healthy, fault = SnDModel.student_tokens, Path(sys.argv.pop(1))
 
 def student_tokens(self, images):
-    if fault.exists() and not self.training:
+    if fault.exists() and threading.current_thread() is not threading.main_thread():
         raise ValueError("a fault put in by the test")
     return healthy(self, images)
 
