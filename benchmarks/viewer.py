@@ -277,7 +277,8 @@ def main(settings: ViewerBenchmark) -> None:
     described_machine = machine()
     print(described(described_machine))
     print(described(vars(settings)))
-    results: dict[str, Any] = {"machine": described_machine, "settings": vars(settings)}
+    results: dict[str, Any] = {"machine": described_machine}
+    results["settings"] = {name: str(value) for name, value in vars(settings).items()}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         height, width = settings.image_size
