@@ -422,7 +422,7 @@ def test_a_picture_is_written_as_png_and_not_wider_than_the_panel():
     image = Image.open(io.BytesIO(png_bytes(picture)))
     assert image.size == (700, 30)
     np.testing.assert_allclose(np.asarray(image) / 255, picture.numpy(), atol=0.5 / 255 + 1e-6)
-    for width, expected in ((700, (560, 24)), (200, (200, 30))):
+    for width, expected in ((700, (320, 14)), (200, (200, 30))):
         code = re.fullmatch(r"!\[pictures\]\(data:image/png;base64,([^)]+)\)", data_image(picture[:, :width]))
         assert code and Image.open(io.BytesIO(base64.b64decode(code[1]))).size == expected
 
