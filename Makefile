@@ -19,19 +19,19 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"
 	@echo "Installing timm on top of nerfstudio's unused pin; pip will call that an error, and it is not one:"
-	$(BIN)/pip install -q "timm>=1.0.12,<2"
+	$(BIN)/pip install -q "timm>=1.0.20,<2"
 	@touch $@
 
 check-system: install
 	@$(BIN)/python -c "import open3d" 2>/dev/null || { \
 		echo "Open3D cannot be loaded. On Debian and Ubuntu: apt-get install libusb-1.0-0 libgl1 libx11-6 libgomp1"; exit 1; }
 
-demo: $(DEMO)/eval.json $(DEMO)/backbone/manifest.json
+demo: $(DEMO)/eval.json $(DEMO)/backbone/timm/manifest.json
 	@echo
 	@echo "Rooms:     $(DEMO)/rooms"
 	@echo "Run:       $(RUN)"
 	@echo "Metrics:   $(DEMO)/eval.json      Pictures: $(DEMO)/pictures"
-	@echo "Backbone:  $(DEMO)/backbone/snd_backbone.safetensors"
+	@echo "Backbone:  $(DEMO)/backbone/timm"
 	@echo "Look at it in a browser:  $(BIN)/ns-viewer --load-config $(RUN)/config.yml"
 
 $(DEMO)/rooms/metadata/nvs_sem_val.txt: | check-system
@@ -44,21 +44,21 @@ $(CHECKPOINT): $(DEMO)/rooms/metadata/nvs_sem_val.txt
 $(DEMO)/eval.json: $(CHECKPOINT)
 	$(BIN)/ns-eval --load-config $(RUN)/config.yml --output-path $@ --render-output-path $(DEMO)/pictures
 
-$(DEMO)/backbone/manifest.json: $(CHECKPOINT)
+$(DEMO)/backbone/timm/manifest.json: $(CHECKPOINT)
 	$(BIN)/ns-export snd-backbone --load-config $(RUN)/config.yml --output-dir $(DEMO)/backbone
 
 test: check-system
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 docs: install
-	$(BIN)/pip install -q -e ".[docs]" && $(BIN)/pip install -q "timm>=1.0.12,<2"
+	$(BIN)/pip install -q -e ".[docs]" && $(BIN)/pip install -q "timm>=1.0.20,<2"
 	$(BIN)/sphinx-build -W -b html docs docs/_build
 
 clean:

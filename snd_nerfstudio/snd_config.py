@@ -65,7 +65,7 @@ def trainer(
     )
 
 
-PAPER_RATES = {"adapters": 2e-5, "head": 2e-5}
+PAPER_RATES = {"backbone": 2e-5, "head": 2e-5}
 """Learning rates of the paper's appendix A.3, and its 50,000 steps."""
 PAPER_STEPS = 50_000
 
@@ -92,7 +92,7 @@ def _tiny() -> TrainerConfig:
             ),
         ),
         steps=300,
-        learning_rates={"adapters": 1e-3, "head": 2e-5},
+        learning_rates={"backbone": 1e-3, "head": 2e-5},
     )
     return _often_evaluated(config, every=100)
 

@@ -9,7 +9,7 @@ import torch
 from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 
-from snd_nerfstudio.backbones.vit import fingerprint
+from snd_nerfstudio.backbones.weights import fingerprint
 from snd_nerfstudio.errors import InputError
 from snd_nerfstudio.reconstruction.depth import DepthReconstructor
 from snd_nerfstudio.reconstruction.mvsplat.reconstructor import (

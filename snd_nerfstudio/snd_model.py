@@ -1,5 +1,6 @@
 """Teacher, student and the loss between them."""
 
+import math
 from dataclasses import dataclass, field, fields
 from typing import Any, Dict, Literal, Mapping, Optional, Type, Union
 
@@ -12,13 +13,18 @@ from nerfstudio.models.base_model import Model, ModelConfig
 from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor, nn
 
-from snd_nerfstudio.backbones.lora import LoRASettings, add_adapters, merged
-from snd_nerfstudio.backbones.vit import TokenBackbone, build_backbone, fingerprint
+from snd_nerfstudio.backbones.adaptation import OriginalValues, Trains, choose_trained, compact, flags_of
+from snd_nerfstudio.backbones.build import build_trainable
+from snd_nerfstudio.backbones.lora import LoRASettings, merged
+from snd_nerfstudio.backbones.registry import PositionEmbedding
+from snd_nerfstudio.backbones.vit import TokenBackbone
+from snd_nerfstudio.backbones.weights import fingerprint
 from snd_nerfstudio.distillation.ema import EMATeacher, call_with
 from snd_nerfstudio.distillation.head import DINOHead, HeadSettings
 from snd_nerfstudio.distillation.losses import (
     PrototypeLoss,
     cosine_similarity,
+    preservation,
     prototype_cross_entropy,
     prototype_kl_per_token,
     quadratic_cross_entropy,
@@ -72,24 +78,38 @@ class SupervisionConfig:
 
 @dataclass
 class SnDModelConfig(ModelConfig):
-    """Backbone, adapters, head, loss and teacher."""
+    """Backbone, what of it is trained, head, loss and teacher."""
 
     _target: Type = field(default_factory=lambda: SnDModel)
     """Target class to instantiate."""
     enable_collider: bool = False
     """Not used; nerfstudio's ray models need it."""
     backbone: str = "dinov2-small"
-    """Which vision transformer: dinov2-small, dinov2-base or tiny."""
+    """Which vision transformer: dinov2-small, -base, -large or -giant, each also with -registers; dinov3-small to -7b;
+    tiny; or any of timm's by name."""
     weights: str = "published"
-    """Its weights: `published` (downloaded once), `random`, or the path of a .safetensors/.pth file."""
+    """Its weights: `published` (downloaded once), `random`, another known name (`snd`, `hub`, ...), or the path of a
+    file, an exported folder or a run's config.yml."""
+    position_embedding: Optional[PositionEmbedding] = None
+    """How the position embedding follows the image size: as in DINOv2's own code (`hub`) or antialiased (`timm`).
+    None: as the backbone's authors do."""
+    trains: Trains = "lora"
+    """What of the backbone is trained: low-rank adapters alone; its last blocks and the final norm; or all of it."""
+    last_blocks: int = 4
+    """With `trains blocks`: how many."""
     lora: LoRASettings = field(default_factory=LoRASettings)
-    """Low-rank adapters, the only part of the backbone that is trained."""
+    """With `trains lora`: the adapters."""
     lora_patch_embed: Optional[bool] = None
-    """Adapt the patch embedding too. None: as the profile says."""
+    """With `trains lora`: adapt the patch embedding too. None: as the profile says."""
     head: HeadSettings = field(default_factory=HeadSettings)
     """DINO head."""
     loss: Literal["dino", "cosine", "mse"] = "dino"
     """Cross-entropy over prototypes; cosine between tokens without a head (ablation C); squared error (ablation G)."""
+    preserve: Literal["none", "l2", "cosine"] = "none"
+    """Against forgetting: add to the loss how far the student's tokens are from those of the backbone before
+    training, as squared difference per channel or as 1 - cosine."""
+    preserve_weight: float = 1.0
+    """Factor of that term."""
     student_temperature: float = 1.0
     """Softmax temperature of the student."""
     teacher_temperature: float = 1.0
@@ -109,7 +129,7 @@ class SnDModelConfig(ModelConfig):
 
 
 class Student(nn.Module):
-    """What is trained: adapters in a frozen backbone, and the head (None where the loss needs none)."""
+    """The backbone, of which a part is trained, and the head (None where the loss needs none)."""
 
     def __init__(self, backbone: TokenBackbone, head: Optional[DINOHead]) -> None:
         super().__init__()
@@ -144,6 +164,8 @@ class SnDModel(Model):
     """
 
     config: SnDModelConfig
+    adapted_layers: list[str]
+    """Layers of the transformer whose weights are trained, directly or by adapters; alike ones put together."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -151,12 +173,18 @@ class SnDModel(Model):
         self.device_indicator_param.requires_grad_(False)
 
     def populate_modules(self) -> None:
-        """Build backbone, adapters, head and teacher; slow imports happen here and not before."""
+        """Build backbone, head and teacher; slow imports happen here and not before."""
         config, seed = self.config, int(self.kwargs.get("seed", 42))
         self._check_config()
-        backbone = build_backbone(config.backbone, config.weights, seed)
+        backbone = build_trainable(config.backbone, config.weights, seed, config.position_embedding)
+        if backbone.weight_report is not None:
+            CONSOLE.log(backbone.weight_report.summary())
         base = fingerprint(backbone.vit.state_dict())
-        self.adapted_layers = add_adapters(backbone.vit, config.lora, bool(config.lora_patch_embed), seed + 1)
+        layers = choose_trained(
+            backbone, config.trains, config.lora, bool(config.lora_patch_embed), config.last_blocks, seed + 1
+        )
+        self.adapted_layers = compact(layers)
+        self._original = OriginalValues(backbone)
         head = None
         if config.loss == "dino":
             with torch.random.fork_rng(devices=[]):
@@ -176,9 +204,11 @@ class SnDModel(Model):
         }
         self.display = Display(backbones, self._learned_target_tokens, self._settings)
         trained = sum(p.numel() for p in self.student.parameters() if p.requires_grad)
+        adapters = f"adapters of rank {config.lora.rank} in {len(layers)} layers: "
         CONSOLE.log(
-            f"{config.backbone}: adapters of rank {config.lora.rank} in {len(self.adapted_layers)} layers; "
-            f"{trained:,} trained parameters, {sum(p.numel() for p in self.student.parameters()) - trained:,} frozen."
+            f"{config.backbone}: {adapters if config.trains == 'lora' else 'training '}"
+            f"{', '.join(self.adapted_layers)}; {trained:,} trained parameters, "
+            f"{sum(p.numel() for p in self.student.parameters()) - trained:,} frozen."
         )
 
     def _check_config(self) -> None:
@@ -189,6 +219,8 @@ class SnDModel(Model):
             raise InputError(f"--pipeline.model.ema-every {config.ema_every} must be at least 1.")
         if config.student_temperature <= 0 or config.teacher_temperature <= 0:
             raise InputError("--pipeline.model.student-temperature and teacher-temperature must be positive.")
+        if not 0 < config.preserve_weight < math.inf:
+            raise InputError(f"--pipeline.model.preserve-weight {config.preserve_weight} must be positive.")
         if config.head.form not in ("exact", "quadratic"):
             raise InputError(f"--pipeline.model.head.form {config.head.form} is neither exact nor quadratic.")
         if config.head.max_logits < 1:
@@ -243,11 +275,9 @@ class SnDModel(Model):
             return self.teacher.call(self.student, "backbone", images, dropout).float()
 
     def original_tokens(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b h w c"]:
-        """Tokens of the backbone as it was before training, without adapters."""
-        backbone = self.student.backbone
-        off = {name: torch.zeros_like(p) for name, p in backbone.named_parameters() if p.requires_grad}
+        """Tokens of the backbone as it was before training; without gradient and dropout."""
         with self._arithmetic(images.device):
-            return call_with(backbone, off, images).float()
+            return call_with(self.student.backbone, self._original.on(images.device), images).float()
 
     def _arithmetic(self, device: torch.device) -> torch.autocast:
         """Autocast to bfloat16 where that is asked for."""
@@ -270,7 +300,8 @@ class SnDModel(Model):
 
         Returns:
             ``loss`` (scalar with gradient), and detached scalars: ``cosine``, ``coverage``, ``learned_tokens`` (share),
-            ``isolated_pixels`` (share); with the DINO loss also ``kl`` and ``teacher_entropy`` (nats per token).
+            ``isolated_pixels`` (share); with the DINO loss also ``kl`` and ``teacher_entropy`` (nats per token), and
+            where tokens are to be preserved ``preservation``, before it is weighted.
         """
         if not triplets:
             return {"loss": zero_loss(self.student)}
@@ -288,6 +319,11 @@ class SnDModel(Model):
             outputs = self._compare(predicted, wanted)
         else:  # nothing was covered; every trained parameter still needs a gradient under DDP
             outputs = {"loss": zero_loss(self.student)}
+        if self.config.preserve != "none":
+            original = self.original_tokens(images)
+            moved = preservation(tokens.flatten(0, -2), original.flatten(0, -2), self.config.preserve)
+            outputs["loss"] = outputs["loss"] + self.config.preserve_weight * moved
+            outputs["preservation"] = moved.detach()
         outputs["coverage"] = torch.stack([target.coverage.mean() for target in targets]).mean()
         outputs["isolated_pixels"] = torch.stack([target.isolated for target in targets]).mean()
         outputs["learned_tokens"] = learned.float().mean()
@@ -322,8 +358,8 @@ class SnDModel(Model):
         self.display.changed()
 
     def get_param_groups(self) -> Dict[str, list[nn.Parameter]]:
-        """Adapters and head, so that each may have its own learning rate."""
-        groups: Dict[str, nn.Module] = {"adapters": self.student.backbone}
+        """What is trained of backbone and head, so that each may have its own learning rate."""
+        groups: Dict[str, nn.Module] = {"backbone": self.student.backbone}
         if self.student.head is not None:
             groups["head"] = self.student.head
         return {name: [p for p in module.parameters() if p.requires_grad] for name, module in groups.items()}
@@ -354,9 +390,14 @@ class SnDModel(Model):
             source: for messages.
 
         Raises:
-            InputError: a key is missing, unexpected or of another shape, or the checkpoint was trained on another base.
+            InputError: something else was trained, a key is missing, unexpected or of another shape, or the
+                checkpoint was trained on another base.
         """
         own = {key: value for key, value in super().state_dict().items() if key in self._stored_names()}
+        start = "student.backbone.vit."
+        theirs, ours = (flags_of(key[len(start) :] for key in keys if key.startswith(start)) for keys in (state, own))
+        if theirs not in (None, ours):
+            raise InputError(f"{source} was trained with {theirs}, and this model has {ours}: give the same flags.")
         problems = [
             *(f"missing {key}" for key in sorted(own.keys() - state.keys())),
             *(f"unexpected {key}" for key in sorted(state.keys() - own.keys())),
@@ -375,26 +416,29 @@ class SnDModel(Model):
         if not torch.equal(state["base_fingerprint"].cpu(), self.base_fingerprint.cpu()):  # type: ignore
             raise InputError(
                 f"{source} was trained on another base than --pipeline.model.weights {self.config.weights} gives now "
-                f"(backbone {self.config.backbone}): adapters only fit the base they were trained on."
+                f"(backbone {self.config.backbone}): what was trained only fits the base that it was trained on."
             )
         self.load_state_dict(dict(state), strict=False)
         self.display.changed()
 
     @torch.no_grad()
-    def merged_vit(self, which: Literal["teacher", "student"]) -> nn.Module:
-        """A plain timm model with the adapters of teacher or student merged into it."""
+    def merged_backbone(self, which: Literal["teacher", "student"]) -> TokenBackbone:
+        """A plain backbone with the weights of teacher or student, adapters merged into them."""
         if which == "teacher":
             values = self.teacher.values("backbone.vit")
         else:
             named = self.student.backbone.vit.named_parameters()
             values = {name: parameter.detach() for name, parameter in named if parameter.requires_grad}
-        return merged(self.student.backbone.vit, values)
+        backbone = self.student.backbone
+        plain = TokenBackbone(backbone.spec, merged(backbone.vit, values), backbone.positions)
+        plain.weight_report = backbone.weight_report
+        return plain.eval()
 
     # ------------------------------------------------------------------ pictures
 
     @torch.no_grad()
     def token_errors(self, predicted: Float[Tensor, "n c"], wanted: Float[Tensor, "n c"]) -> Float[Tensor, "n"]:
-        """What each token adds to the loss: KL in nats with the DINO head, 1 - cosine, or the squared error."""
+        """What each token adds to the distillation's loss: KL in nats (DINO), 1 - cosine, or the squared error."""
         config, head = self.config, self.student.head
         if config.loss == "cosine":
             return 1 - cosine_similarity(predicted, wanted)

@@ -61,7 +61,7 @@ def outcomes(config: Any, part: int, parts: int) -> Iterator[Tuple[str, int]]:
         part: the first triplet's number.
         parts: how many processes share the work.
     """
-    from snd_nerfstudio.backbones.registry import BACKBONES
+    from snd_nerfstudio.backbones.registry import find_backbone
     from snd_nerfstudio.reconstruction.mvsplat.checks import DegeneratePairError
     from snd_nerfstudio.scenes.prefetch import Prefetcher
     from snd_nerfstudio.snd_pipeline import check_cache, resolved
@@ -70,11 +70,8 @@ def outcomes(config: Any, part: int, parts: int) -> Iterator[Tuple[str, int]]:
     pipeline = resolved(config.pipeline)
     check_cache(pipeline)
     model = pipeline.model
-    if model.backbone not in BACKBONES:
-        raise InputError(f"Unknown backbone --pipeline.model.backbone {model.backbone}: choose {', '.join(BACKBONES)}.")
-    maker = OperatorMaker(
-        model.supervision.settings(), BACKBONES[model.backbone].patch, model.supervision.uncovered == "zero"
-    )
+    patch = find_backbone(model.backbone).patch
+    maker = OperatorMaker(model.supervision.settings(), patch, model.supervision.uncovered == "zero")
     data = pipeline.datamanager.setup(device=config.machine.device_type, test_mode="inference", seed=pipeline.seed)
     frames = {"train": data.train_frames, "eval": data.eval_frames}
     wanted = wanted_triplets(config, data)

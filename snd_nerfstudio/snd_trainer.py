@@ -1,12 +1,13 @@
 """Nerfstudio's trainer with exact resuming and checkpoints that are never half-written."""
 
 import copy
+import json
 import os
 import pickle
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Optional, Type
+from typing import Any, Literal, Optional, Type
 
 import torch
 from nerfstudio.configs.base_config import ViewerConfig
@@ -58,6 +59,8 @@ class FusedAdamConfig(AdamOptimizerConfig):
     """Update weights and moments in one pass instead of one per operation."""
 
 
+DATA_SUMMARY = "data.json"
+"""In a run's folder: what it was trained on."""
 LOCALHOST = "127.0.0.1"
 """Where viewers listen unless another interface is asked for."""
 
@@ -120,6 +123,13 @@ class SnDTrainer(Trainer):
             )
         super().__init__(config, local_rank, world_size)
         self.train_lock: Any = FairLock()
+
+    def setup(self, test_mode: Literal["test", "val", "inference"] = "val") -> None:
+        """Nerfstudio's, and a summary of the data in the run's folder, which an exported backbone quotes."""
+        super().setup(test_mode)
+        summary = getattr(self.pipeline.datamanager, "summary", None)
+        if self.local_rank == 0 and summary is not None:
+            (self.base_dir / DATA_SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
 
     def setup_optimizers(self) -> Optimizers:
         """Give every schedule its length, then build the optimisers."""

@@ -299,6 +299,20 @@ class TripletDataManager(DataManager):
                 f"--pipeline.datamanager.image-size {fitting} {self.size[1]} would keep their shape."
             )
 
+    @property
+    def summary(self) -> dict[str, Any]:
+        """What was trained on, in a few values that JSON can hold; no paths."""
+        return {
+            "kind": type(self.config.dataparser).__name__.removesuffix("Config"),
+            "name": Path(self.config.data or getattr(self.config.dataparser, "data", "")).name,
+            "scenes": len(self.triplets.usable_scenes),
+            "frames": len(self.train_frames),
+            "context_pairs": self.triplets.num_pairs,
+            "held_out_frames": len(self.eval_frames) if self.eval_frames is not None else 0,
+            "instance_masks": self.with_masks,
+            "image_size": list(self.size),
+        }
+
     # ------------------------------------------------------------------ triplets
 
     def load(self, frames: Frames, index: TripletIndex, with_depth: bool = False) -> ViewTriplet:

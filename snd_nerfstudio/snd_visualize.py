@@ -14,7 +14,7 @@ from torch import Tensor
 from snd_nerfstudio.errors import InputError, show_input_errors_without_traceback
 
 if TYPE_CHECKING:
-    from snd_nerfstudio.backbones.vit import TokenBackbone
+    from snd_nerfstudio.backbones.build import AnyBackbone
 
 LONGEST_SIDE = 672
 """Pixels; a multiple of 14 and of 16."""
@@ -105,7 +105,7 @@ def feature_pictures(
 @torch.no_grad()
 def draw_set(
     shown: ShownSet,
-    backbones: "dict[str, TokenBackbone]",
+    backbones: "dict[str, AnyBackbone]",
     folder: Path,
     colouring: Colouring,
 ) -> list[Path]:
@@ -356,8 +356,8 @@ class Visualize:
             height, width = self.size
             raise InputError(f"--size {height} {width}: a side is shorter than a patch ({patch} pixels).")
 
-    def _of_run(self) -> "Tuple[Iterable[ShownSet], dict[str, TokenBackbone]]":
-        from snd_nerfstudio.backbones.vit import TokenBackbone, build_backbone
+    def _of_run(self) -> "Tuple[Iterable[ShownSet], dict[str, AnyBackbone]]":
+        from snd_nerfstudio.backbones.build import build_trainable
         from snd_nerfstudio.snd_pipeline import load_trained_model
 
         assert self.load_config is not None
@@ -373,25 +373,25 @@ class Visualize:
         for source in dict.fromkeys(self.which or ("original", "teacher")):
             if source == "original":
                 settings = config.pipeline.model
-                backbones[source] = build_backbone(settings.backbone, settings.weights, config.pipeline.seed)
+                backbones[source] = build_trainable(
+                    settings.backbone, settings.weights, config.pipeline.seed, settings.position_embedding
+                )
             else:
-                backbones[source] = TokenBackbone(spec, model.merged_vit(source)).eval()
+                backbones[source] = model.merged_backbone(source)
         return sets, backbones
 
-    def _of_weights(self) -> "Tuple[Iterable[ShownSet], dict[str, TokenBackbone]]":
-        from snd_nerfstudio.backbones.registry import BACKBONES
-        from snd_nerfstudio.backbones.vit import build_backbone
+    def _of_weights(self) -> "Tuple[Iterable[ShownSet], dict[str, AnyBackbone]]":
+        from snd_nerfstudio.backbones.build import build_backbone
+        from snd_nerfstudio.backbones.registry import find_backbone
 
         assert self.backbone is not None
-        if self.backbone not in BACKBONES:
-            raise InputError(f"Unknown backbone --backbone {self.backbone}: choose one of {', '.join(BACKBONES)}.")
-        patch, weights = BACKBONES[self.backbone].patch, self.weights or "published"
+        weights = self.weights or "published"
+        patch = find_backbone(self.backbone, flag="--backbone").patch
         self._check_size(patch)
         shown = photo_set(self.images, self.size, patch, f"{self.backbone}, weights {weights}{self._fitting()}")
-        try:
-            backbone = build_backbone(self.backbone, weights, self.seed)
-        except InputError as error:  # which names the flag of training
-            raise InputError(str(error).replace("--pipeline.model.weights", "--weights")) from error
+        backbone = build_backbone(self.backbone, weights, self.seed, flag="--weights")
+        if backbone.weight_report is not None:
+            print(backbone.weight_report.summary())
         return [shown], {self.backbone: backbone}
 
     def _fitting(self) -> str:

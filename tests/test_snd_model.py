@@ -1,11 +1,12 @@
 import copy
+import re
 from dataclasses import replace
 
 import pytest
 import torch
 from nerfstudio.cameras.cameras import Cameras
 
-from snd_nerfstudio.backbones.vit import build_backbone
+from snd_nerfstudio.backbones.build import build_trainable
 from snd_nerfstudio.distillation.head import DINOHead
 from snd_nerfstudio.errors import InputError
 from snd_nerfstudio.scenes.rooms import RoomsConfig, generate_rooms
@@ -19,6 +20,15 @@ from snd_nerfstudio.viewer.outputs import to_pinhole
 @pytest.fixture
 def pipeline(tiny_config) -> SnDPipeline:
     return tiny_config.pipeline.setup(device="cpu")
+
+
+def training_of(config, trains, **settings) -> SnDPipeline:
+    """In training mode; with `blocks` the last two of four."""
+    config = copy.deepcopy(config.pipeline)
+    config.checked_triplets = 0
+    for name, value in {"trains": trains, "last_blocks": 2, **settings}.items():
+        setattr(config.model, name, value)
+    return config.setup(device="cpu").train()
 
 
 def step(pipeline, number=0):
@@ -39,15 +49,48 @@ def test_a_step_gives_the_loss_and_what_it_is_made_of(pipeline):
     assert metrics["coverage"] > 0.9 and metrics["learned_tokens"] > 0.9
 
 
-def test_only_adapters_and_head_are_trained_and_all_of_them_get_a_gradient(pipeline):
+@pytest.mark.parametrize(
+    ("trains", "belongs"),
+    [
+        ("lora", lambda name: ".lora_" in name),
+        ("blocks", lambda name: name.startswith(("blocks.2.", "blocks.3.", "norm."))),
+        ("full", lambda name: True),
+    ],
+)
+def test_what_is_to_be_trained_and_the_head_get_a_gradient_and_nothing_else(tiny_config, trains, belongs):
+    pipeline = training_of(tiny_config, trains)
     step(pipeline)[1]["distillation"].backward()
+    vit = dict(pipeline.model.student.backbone.vit.named_parameters())
+    expected = {f"student.backbone.vit.{name}" for name in vit if belongs(name)}
+    expected |= {f"student.head.{name}" for name, _ in pipeline.model.student.head.named_parameters()}
     trained = {name for name, p in pipeline.model.named_parameters() if p.requires_grad and p.numel()}
-    assert trained and all("lora_" in name or name.startswith("student.head.") for name in trained)
+    assert trained == expected
     for name, parameter in pipeline.model.named_parameters():
-        if name in trained:
-            assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
+        assert (parameter.grad is not None) == (name in trained), name
+        assert parameter.grad is None or torch.isfinite(parameter.grad).all(), name
     groups = pipeline.get_param_groups()
-    assert set(groups) == {"adapters", "head"} and sum(map(len, groups.values())) == len(trained)
+    assert set(groups) == {"backbone", "head"} and sum(map(len, groups.values())) == len(trained)
+
+
+@pytest.mark.parametrize(
+    ("trains", "layers", "said"),
+    [
+        ("lora", ["blocks.0-3.attn.{qkv,proj}"], "adapters of rank 8 in 8 layers: blocks.0-3.attn.{qkv,proj}; "),
+        ("blocks", ["blocks.2-3", "norm"], "training blocks.2-3, norm; "),
+        (
+            "full",
+            ["cls_token", "pos_embed", "patch_embed", "blocks", "norm"],
+            "training cls_token, pos_embed, patch_embed, blocks, norm; ",
+        ),
+    ],
+)
+def test_which_layers_are_trained_is_said_and_kept(tiny_config, capsys, trains, layers, said):
+    model = training_of(tiny_config, trains).model
+    assert model.adapted_layers == layers
+    printed = " ".join(re.sub(r"\bsnd_\w+\.py:\d+", "", capsys.readouterr().out).split())
+    trained = sum(p.numel() for _, p in named_trained(model))
+    frozen = sum(p.numel() for p in model.student.parameters()) - trained
+    assert f"tiny: {said}{trained:,} trained parameters, {frozen:,} frozen." in printed
 
 
 def test_the_teacher_starts_as_the_student_and_shares_its_base(pipeline):
@@ -95,7 +138,7 @@ def test_the_teacher_moves_every_so_many_steps_at_its_time_or_never(tiny_config,
 def test_the_losses_without_a_head(tiny_config, loss):
     tiny_config.pipeline.model.loss = loss
     pipeline = tiny_config.pipeline.setup(device="cpu")
-    assert pipeline.model.student.head is None and set(pipeline.get_param_groups()) == {"adapters"}
+    assert pipeline.model.student.head is None and set(pipeline.get_param_groups()) == {"backbone"}
     _, losses, metrics = step(pipeline)
     if loss == "cosine":
         assert float(losses["distillation"]) == pytest.approx(1 - float(metrics["cosine"]), abs=1e-6)
@@ -220,29 +263,165 @@ def test_the_teachers_dropout_of_the_official_profile_is_for_training_alone(tiny
     assert not torch.equal(model.train().teacher_tokens(image), model.teacher_tokens(image))
 
 
+# ---------------------------------------------------------------------- against forgetting
+
+
+def count_passes(pipeline) -> list[int]:
+    """Grows by the number of images of each pass through the backbone."""
+    passes: list[int] = []
+    norm = pipeline.model.student.backbone.vit.norm
+    norm.register_forward_hook(lambda module, inputs, outputs: passes.append(len(inputs[0])))
+    return passes
+
+
+@pytest.mark.parametrize(("trains", "preserve"), [("lora", "l2"), ("full", "cosine")])
+def test_the_distance_from_the_original_tokens_is_added_to_the_loss(tiny_config, preserve, trains):
+    tiny_config.pipeline.model.lora.dropout = 0.3
+    plain = training_of(tiny_config, trains)
+    preserved = training_of(tiny_config, trains, preserve=preserve, preserve_weight=0.25)
+    for pipeline in (plain, preserved):
+        move_student(pipeline.model)
+    passes = count_passes(plain), count_passes(preserved)
+    _, without, fewer = step(plain, 3)
+    _, losses, metrics = step(preserved, 3)
+    assert passes == ([2, 1], [2, 1, 1])  # the teacher's contexts, the student's target, and that of the original
+    assert metrics.keys() - fewer.keys() == {"preservation"} and not metrics["preservation"].requires_grad
+    moved = float(metrics["preservation"])
+    assert moved > 0.01 and float(losses["distillation"]) == pytest.approx(
+        float(without["distillation"]) + 0.25 * moved, abs=1e-5
+    )
+    for name in fewer:
+        assert float(metrics[name]) == pytest.approx(float(fewer[name]), abs=1e-6), name
+    # by hand, in eval mode: no dropout on either side, every token of the target
+    preserved.eval()
+    (triplet,) = preserved.datamanager.next_train(3)
+    with torch.no_grad():
+        outputs = preserved.model([triplet], [preserved.geometry(triplet)])
+        student = preserved.model.student_tokens(triplet.target.images)
+        original = preserved.model.original_tokens(triplet.target.images)
+    expected = {
+        "l2": (student - original).square().mean(),
+        "cosine": 1 - torch.cosine_similarity(student, original, dim=-1).mean(),
+    }[preserve]
+    assert float(outputs["preservation"]) == pytest.approx(float(expected), rel=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_an_untrained_student_has_not_moved_at_any_precision(tiny_config, precision):
+    pipeline = training_of(tiny_config, "full", preserve="l2", precision=precision)
+    _, losses, metrics = step(pipeline)
+    assert float(metrics["preservation"]) == 0
+    losses["distillation"].backward()
+    assert all(torch.isfinite(p.grad).all() for _, p in named_trained(pipeline.model))
+
+
+def test_the_term_pulls_the_student_back_to_the_original(tiny_config):
+    moved = {}
+    for weight in (1e-4, 100.0):
+        pipeline = training_of(tiny_config, "full", preserve="l2", preserve_weight=weight)
+        move_student(pipeline.model)
+        moved[weight] = [float(step(pipeline, 0)[2]["preservation"])]
+        train_a_little(pipeline, steps=3, rate=5e-3)
+        moved[weight].append(float(step(pipeline, 0)[2]["preservation"]))
+    assert moved[100.0][0] == moved[1e-4][0] and moved[100.0][1] < 0.8 * moved[100.0][0]
+    assert moved[100.0][1] < 0.8 * moved[1e-4][1]
+
+
+def test_tokens_are_preserved_where_nothing_is_covered_too(tiny_config):
+    pipeline = training_of(tiny_config, "blocks", preserve="l2")
+    with torch.no_grad():
+        pipeline.model.student.backbone.vit.norm.bias += 0.5
+    (triplet,) = pipeline.datamanager.next_train(0)
+    gaussians = pipeline.datamanager.reconstruct(triplet.context)
+    gaussians.opacities.zero_()
+    outputs = pipeline.model([triplet], [gaussians])
+    assert float(outputs["loss"].detach()) == pytest.approx(0.25, abs=1e-5)  # 0.5 squared, in every channel
+    outputs["loss"].backward()
+    assert all(p.grad is not None for _, p in named_trained(pipeline.model))
+
+
+def test_preservation_is_evaluated(tiny_config):
+    pipeline = training_of(tiny_config, "lora", preserve="cosine")
+    metrics, _ = pipeline.evaluate(pipeline.datamanager.eval_triplet(0, with_depth=True))
+    assert metrics["preservation"] == pytest.approx(0, abs=1e-5)
+    assert metrics["loss"] == pytest.approx(metrics["kl"] + metrics["teacher_entropy"], abs=1e-4)
+
+
 # ---------------------------------------------------------------------- checkpoints
 
 
-def test_a_checkpoint_holds_only_what_was_trained(pipeline):
+@pytest.mark.parametrize("trains", ["lora", "blocks", "full"])
+def test_a_checkpoint_holds_only_what_was_trained(tiny_config, trains):
+    pipeline = training_of(tiny_config, trains)
     state = pipeline.state_dict()
     fingerprints = {"_model.base_fingerprint", "reconstructor_fingerprint"}
     assert all(key.startswith(("_model.student.", "_model.teacher.")) or key in fingerprints for key in state)
-    assert not any("base_layer" in key or "pos_embed" in key for key in state)
+    assert any("pos_embed" in key for key in state) == (trains == "full")
+    assert not any("base_layer" in key or "blocks.1.mlp" in key for key in state if trains != "full")
     trained = sum(p.numel() for p in pipeline.model.student.parameters() if p.requires_grad)
     assert sum(value.numel() for value in state.values()) == 2 * trained + 32 + 32
 
 
-def test_a_checkpoint_comes_back_exactly(tiny_config):
-    first = tiny_config.pipeline.setup(device="cpu")
+@pytest.mark.parametrize("trains", ["lora", "blocks", "full"])
+def test_a_checkpoint_comes_back_exactly(tiny_config, trains):
+    first = training_of(tiny_config, trains).eval()
     with torch.no_grad():
         for parameter in first.model.student.parameters():
             if parameter.requires_grad:
                 parameter += torch.randn_like(parameter)
     first.model.teacher.update(first.model.student, 0.3)
-    second = tiny_config.pipeline.setup(device="cpu")
+    second = training_of(tiny_config, trains).eval()
     second.load_pipeline({f"module.{k}".removeprefix("module."): v for k, v in first.state_dict().items()}, step=3)
     for key, value in first.state_dict().items():
         assert torch.equal(second.state_dict()[key], value), key
+    image = torch.rand(1, 3, 56, 84, generator=torch.Generator().manual_seed(0))
+    found = {}
+    with torch.no_grad():
+        for name in ("teacher_tokens", "student_tokens", "original_tokens"):
+            found[name] = getattr(second.model, name)(image)
+            assert torch.equal(found[name], getattr(first.model, name)(image)), name
+    assert not torch.allclose(found["teacher_tokens"], found["student_tokens"], atol=1e-2)
+    assert not torch.allclose(found["teacher_tokens"], found["original_tokens"], atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("trains full", "trains lora"),
+        ("trains blocks --pipeline.model.last-blocks 2", "trains full"),
+        ("trains lora", "trains blocks --pipeline.model.last-blocks 2"),
+        ("trains blocks --pipeline.model.last-blocks 3", "trains blocks --pipeline.model.last-blocks 2"),
+    ],
+)
+def test_a_checkpoint_of_which_something_else_was_trained_is_refused_in_one_sentence(tiny_config, before, after):
+    pipelines = []
+    for flags in (before, after):
+        words = flags.split()
+        pipelines.append(training_of(tiny_config, words[1], last_blocks=int(words[-1]) if len(words) > 2 else 1))
+    message = f"step 7 was trained with --pipeline.model.{before}, and this model has --pipeline.model.{after}: give"
+    with pytest.raises(InputError, match=message):
+        pipelines[1].load_pipeline(pipelines[0].state_dict(), step=7)
+
+
+@pytest.mark.parametrize("trains", ["lora", "blocks", "full"])
+def test_merged_transformers_say_what_teacher_and_student_say(tiny_config, trains):
+    model = training_of(tiny_config, trains).model.eval()
+    move_student(model)
+    model.teacher.update(model.student, 0.5)
+    before = {name: value.clone() for name, value in model.student.state_dict().items()}
+    image = torch.rand(1, 3, 56, 84, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        said = {"teacher": model.teacher_tokens(image), "student": model.student_tokens(image)}
+    assert (said["teacher"] - said["student"]).abs().max() > 1e-2
+    for which, expected in said.items():
+        vit = model.merged_backbone(which).vit
+        fresh = build_trainable("tiny", "random", seed=0)
+        assert vit.state_dict().keys() == fresh.vit.state_dict().keys()
+        assert not any(p.requires_grad for p in vit.parameters())
+        fresh.vit.load_state_dict(vit.state_dict(), strict=True)
+        with torch.no_grad():
+            torch.testing.assert_close(fresh(image), expected, rtol=0, atol=1e-4)
+    assert all(torch.equal(value, before[name]) for name, value in model.student.state_dict().items())
 
 
 @pytest.mark.parametrize(
@@ -337,20 +516,22 @@ def train_a_little(pipeline, steps=3, rate=1e-2):
         optimizer.step()
 
 
-@pytest.mark.parametrize("patch_embed", [False, True])
-def test_original_tokens_are_those_of_the_backbone_without_adapters_whatever_was_trained(tiny_config, patch_embed):
-    tiny_config.pipeline.model.lora_patch_embed = patch_embed
+@pytest.mark.parametrize(
+    ("trains", "patch_embed"), [("lora", False), ("lora", True), ("blocks", False), ("full", False)]
+)
+def test_original_tokens_are_those_of_the_backbone_before_whatever_was_trained(tiny_config, trains, patch_embed):
     tiny_config.pipeline.model.lora.dropout = 0.3
-    pipeline = tiny_config.pipeline.setup(device="cpu").train()
+    pipeline = training_of(tiny_config, trains, lora_patch_embed=patch_embed)
     model, config = pipeline.model, pipeline.config
     train_a_little(pipeline)
     image = torch.rand(2, 3, 56, 84, generator=torch.Generator().manual_seed(0))
-    fresh = build_backbone(config.model.backbone, config.model.weights, config.seed)
+    fresh = build_trainable(config.model.backbone, config.model.weights, config.seed)
     with torch.no_grad():
         expected = fresh(image)
     before = {name: (p, p.detach().clone(), p.grad.clone()) for name, p in named_trained(model)}
     modes = [module.training for module in model.student.modules()]
     states = peft_state(model)
+    assert bool(states) == (trains == "lora")
     found = model.original_tokens(image)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     assert not found.requires_grad and torch.equal(found, model.original_tokens(image))
@@ -364,6 +545,13 @@ def test_original_tokens_are_those_of_the_backbone_without_adapters_whatever_was
         assert not torch.allclose(model.student_tokens(image), expected, atol=1e-2)  # it was trained
 
 
+def move_student(model, by=0.05):
+    """Add noise to everything that is trained, the same for the same names."""
+    with torch.no_grad():
+        for name, parameter in named_trained(model):
+            parameter += by * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
+
+
 def named_trained(model):
     return [(name, p) for name, p in model.student.named_parameters() if p.requires_grad]
 
@@ -371,12 +559,12 @@ def named_trained(model):
 def peft_state(model):
     """Which adapters are active, merged or switched off, layer by layer."""
     layers = [module for module in model.student.modules() if hasattr(module, "lora_A")]
-    assert layers
     return [(layer.active_adapters, layer.merged_adapters, layer.disable_adapters) for layer in layers]
 
 
-def test_after_training_student_teacher_and_original_are_shown_as_three_different_things(tiny_config):
-    pipeline = tiny_config.pipeline.setup(device="cpu").train()
+@pytest.mark.parametrize("trains", ["lora", "blocks", "full"])
+def test_after_training_student_teacher_and_original_are_shown_as_three_different_things(tiny_config, trains):
+    pipeline = training_of(tiny_config, trains)
     model, display = pipeline.model, pipeline.model.display
     train_a_little(pipeline)
     model.teacher.update(model.student, 0.5)
@@ -516,6 +704,9 @@ def test_on_rooms_a_view_splatted_onto_itself_returns_the_teachers_tokens(tiny_c
         (lambda c: setattr(c.model, "ema_momentum", 1.5), "ema-momentum"),
         (lambda c: setattr(c.model, "ema_every", 0), "ema-every"),
         (lambda c: setattr(c.model, "teacher_temperature", 0.0), "temperature"),
+        (lambda c: vars(c.model).update(trains="blocks", last_blocks=5), "last-blocks 5 must be from 1 to 4"),
+        (lambda c: setattr(c.model, "preserve_weight", 0.0), "preserve-weight 0.0 must be positive"),
+        (lambda c: setattr(c.model, "preserve_weight", float("nan")), "preserve-weight nan must be positive"),
         (lambda c: setattr(c.model.head, "form", "cubic"), "head.form cubic"),
         (lambda c: setattr(c.model.head, "max_logits", 0), "head.max-logits 0"),
         (lambda c: setattr(c.model.supervision, "blending", 2.0), "blending"),

@@ -276,7 +276,9 @@ def _gradients_of_one_rank(rank, config, port, folder):
 
 
 @pytest.mark.slow
-def test_two_processes_average_the_gradients_of_their_own_triplets(tiny_config, tmp_path):
+@pytest.mark.parametrize(("trains", "preserve"), [("lora", "none"), ("full", "l2")])
+def test_two_processes_average_the_gradients_of_their_own_triplets(tiny_config, tmp_path, trains, preserve):
+    tiny_config.pipeline.model.trains, tiny_config.pipeline.model.preserve = trains, preserve
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -387,6 +389,13 @@ def test_with_mvsplat_neither_training_nor_evaluation_runs_the_network_again(wit
     assert losses == pytest.approx([values["distillation"] for values in plain], abs=1e-4)
     # held-out triplets carry measured depth that MVSplat does not look at
     assert float(pipeline.get_eval_loss_dict(0)[1]["distillation"]) == pytest.approx(float(evaluated), abs=1e-4)
+
+
+def test_tokens_are_preserved_with_operators_from_the_cache_too(cached):
+    cached.pipeline.model.preserve = "l2"
+    for found in (0, 1):
+        statistics, (values,) = after_steps(cached)
+        assert statistics.found == found and values["preservation"] == 0
 
 
 def test_a_pool_is_built_in_its_first_epoch_and_read_from_then_on(cached):
@@ -573,7 +582,7 @@ def losses_of_training(config, profile, path, steps=15) -> list[float]:
     config.profile, config.model.supervision.path = profile, path
     config.model.ema_every, config.model.lora.dropout = 3, 0.1
     pipeline = config.setup(device="cpu").train()
-    groups, rates = pipeline.get_param_groups(), {"adapters": 1e-3, "head": 2e-5}
+    groups, rates = pipeline.get_param_groups(), {"backbone": 1e-3, "head": 2e-5}
     optimizer = torch.optim.Adam([{"params": groups[name], "lr": rate} for name, rate in rates.items()])
     attributes = TrainingCallbackAttributes(optimizers=None, grad_scaler=None, pipeline=pipeline, trainer=None)  # type: ignore
     callbacks = pipeline.get_training_callbacks(attributes)

@@ -211,7 +211,7 @@ def test_without_a_folder_there_is_nowhere_to_write_to(tiny_config):
     ("change", "message"),
     [
         (lambda c: setattr(c, "data", Path("/nowhere")), "--data /nowhere: no such file"),
-        (lambda c: setattr(c.pipeline.model, "backbone", "resnet"), "--pipeline.model.backbone resnet: choose dinov2"),
+        (lambda c: setattr(c.pipeline.model, "backbone", "resnet"), "--pipeline.model.backbone resnet: choose one of dinov2"),
         (lambda c: setattr(c.pipeline, "profile", "mine"), "--pipeline.profile mine"),
         (lambda c: setattr(c.pipeline.datamanager, "operator_cache_limit", 0.0), f"{CACHE_FLAG}-limit"),
         (lambda c: c.pipeline.datamanager.operator_cache.touch(), f"{CACHE_FLAG} .*operators cannot be written to"),
@@ -315,7 +315,7 @@ def test_the_command_takes_the_flags_of_training_and_its_own(config, monkeypatch
         "--pipeline.datamanager.triplet-pool": 2,
         "--pipeline.datamanager.eval-triplets": 1,
     }
-    for group in ("adapters", "head"):  # nerfstudio's default is an integer, which the tests' type checks refuse
+    for group in ("backbone", "head"):  # nerfstudio's default is an integer, which the tests' type checks refuse
         flags[f"--optimizers.{group}.optimizer.weight-decay"] = 0.0
     words = [word for flag in flags.items() for word in flag]
     command(monkeypatch, "--processes", 1, "snd-tiny", *words, "--pipeline.datamanager.image-size", 56, 84)

@@ -42,9 +42,26 @@ def test_resuming_ends_in_the_same_weights(tiny_config, finished):
     assert resumed.config.max_num_iterations == 6
 
 
+def test_resuming_is_exact_with_all_of_the_backbone_trained_and_its_tokens_preserved(tiny_config, request):
+    tiny_config.pipeline.model.trains, tiny_config.pipeline.model.preserve = "full", "cosine"
+    finished = request.getfixturevalue("finished")
+    resumed = resume(tiny_config, finished, load_step=2)
+    resumed.train()
+    state = finished.pipeline.state_dict()
+    assert any("pos_embed" in key for key in state)
+    for key, value in state.items():
+        assert torch.equal(resumed.pipeline.state_dict()[key], value), key
+
+
+def test_a_run_is_not_resumed_with_something_else_to_train(tiny_config, finished):
+    tiny_config.pipeline.model.trains = "full"
+    with pytest.raises(InputError, match="was trained with --pipeline.model.trains lora, and this model has .* full"):
+        resume(tiny_config, finished)
+
+
 def test_schedules_get_the_length_of_the_training_unless_they_have_one(tiny_config, finished):
     assert tiny_config.optimizers["head"]["scheduler"].steps is None  # the given config is not changed
-    rates = [finished.optimizers.schedulers[group].get_last_lr()[0] for group in ("adapters", "head")]
+    rates = [finished.optimizers.schedulers[group].get_last_lr()[0] for group in ("backbone", "head")]
     assert rates == pytest.approx([0.0, 0.0], abs=1e-9)
     config = copy.deepcopy(tiny_config)
     config.optimizers["head"]["scheduler"].steps = 1000
@@ -54,7 +71,7 @@ def test_schedules_get_the_length_of_the_training_unless_they_have_one(tiny_conf
     schedulers = trainer.optimizers.schedulers
     # halfway through their warm-up of 1 %: 5 of 1,000 steps and 1,500 of 300,011
     factors = {group: schedulers[group].lr_lambdas[0] for group in schedulers}
-    assert factors["head"](5) == pytest.approx(0.52) and factors["adapters"](1500) == pytest.approx(0.52, abs=1e-3)
+    assert factors["head"](5) == pytest.approx(0.52) and factors["backbone"](1500) == pytest.approx(0.52, abs=1e-3)
 
 
 @pytest.mark.parametrize(("name", "value"), [("mixed_precision", True), ("gradient_accumulation_steps", {"head": 4})])

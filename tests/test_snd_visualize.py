@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from snd_nerfstudio import snd_visualize
-from snd_nerfstudio.backbones.vit import TokenBackbone, build_backbone
+from snd_nerfstudio.backbones.build import build_trainable
 from snd_nerfstudio.errors import InputError
 from snd_nerfstudio.snd_visualize import (
     LONGEST_SIDE,
@@ -175,7 +175,7 @@ def test_a_sheet_and_single_pictures_are_written(photos, tmp_path, capsys):
     # 60 x 90 is seen as 56 x 84, 70 x 56 as it is
     assert pictures["images_01_room-2_tiny_pca.png"].shape == (56, 84, 3)
     assert pictures["images_02_room-10_tiny_kmeans.png"].shape == (70, 56, 3)
-    backbone = build_backbone("tiny", "random", 0)
+    backbone = build_trainable("tiny", "random", 0)
     with torch.no_grad():
         tokens = [backbone(read_image(file, None, 14)[None])[0] for file in find_images([photos])]
     expected = feature_pictures(tokens, [(56, 84), (70, 56)], Colouring(clusters=4))
@@ -224,7 +224,7 @@ def test_images_of_the_same_name_do_not_overwrite_each_other(tmp_path):
 
 def test_weights_are_taken_from_a_file(photos, tmp_path):
     file = tmp_path / "snd_backbone.safetensors"
-    save_file(build_backbone("tiny", "random", 5).vit.state_dict(), file)
+    save_file(build_trainable("tiny", "random", 5).vit.state_dict(), file)
     image = photos / "room 2.jpg"
     from_file = visualize(tmp_path, image, weights=str(file))["images_01_room-2_tiny_pca.png"]
     assert np.array_equal(from_file, visualize(tmp_path, image, seed=5)["images_01_room-2_tiny_pca.png"])
@@ -297,13 +297,13 @@ def test_each_backbone_of_a_run_is_the_one_that_it_is_called(run_folder, tmp_pat
             tmp_path / "out", load_config=run_folder / "config.yml", images=(tmp_path / "a.png",), which=which
         ).main()
     )
-    spec, image = model.student.backbone.spec, read_image(tmp_path / "a.png", None, 14)[None]
-    base = build_backbone("tiny", "random", config.pipeline.seed)
+    image = read_image(tmp_path / "a.png", None, 14)[None]
+    base = build_trainable("tiny", "random", config.pipeline.seed)
     shown = {}
     for name, backbone in (
         ("original", base),
-        ("student", TokenBackbone(spec, model.merged_vit("student")).eval()),
-        ("teacher", TokenBackbone(spec, model.merged_vit("teacher")).eval()),
+        ("student", model.merged_backbone("student")),
+        ("teacher", model.merged_backbone("teacher")),
     ):
         with torch.no_grad():
             tokens = backbone(image)[0]
@@ -367,7 +367,7 @@ def test_nothing_held_out_is_said(run_folder, tmp_path, monkeypatch):
         ({"backbone": "tiny", "images": "broken.jpg"}, "--images .*broken.jpg cannot be decoded"),
         ({"backbone": "tiny", "images": "many"}, "65 images on one sheet are too many; name at most 64"),
         ({"backbone": "resnet", "images": "photos"}, "Unknown backbone --backbone resnet: choose one of dinov2"),
-        ({"backbone": "tiny", "images": "photos", "weights": None}, "no published weights: use --weights random or"),
+        ({"backbone": "tiny", "images": "photos", "weights": None}, "no published weights: give --weights random or"),
         ({"backbone": "tiny", "images": "photos", "weights": "a.pth"}, "^--weights a.pth: no such file"),
     ],
 )
@@ -388,9 +388,9 @@ def test_what_is_wrong_is_said_and_nothing_is_written(photos, tmp_path, options,
 
 
 def test_weights_of_another_backbone_are_refused(photos, tmp_path):
-    state = build_backbone("tiny", "random", 0).vit.state_dict()
+    state = build_trainable("tiny", "random", 0).vit.state_dict()
     save_file({name: tensor for name, tensor in state.items() if "blocks.3" not in name}, tmp_path / "a.safetensors")
-    with pytest.raises(InputError, match=r"--weights .*a\.safetensors does not fit the backbone: 14 missing"):
+    with pytest.raises(InputError, match=r"--weights .*a\.safetensors does not fit the backbone .*: 14 missing"):
         visualize(tmp_path, photos, weights=str(tmp_path / "a.safetensors"))
 
 

@@ -1,1 +1,1 @@
-"""Vision transformers on the token grid, and the low-rank adapters that are trained on them."""
+"""Vision transformers on the token grid, and what of them is trained."""

@@ -8,7 +8,7 @@ hundred tokens at a time. `quadratic_cross_entropy` is its second-order approxim
 
 import math
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any, Literal, Optional
 
 import torch
 import torch.nn.functional as F
@@ -325,3 +325,24 @@ def cosine_similarity(a: Float[Tensor, "n c"], b: Float[Tensor, "n c"]) -> Float
     """Cosine between tokens, float32 or better."""
     precise = torch.promote_types(a.dtype, torch.float32)
     return F.cosine_similarity(a.to(precise), b.to(precise), dim=-1)
+
+
+def preservation(
+    student: Float[Tensor, "n c"], original: Float[Tensor, "n c"], measure: Literal["l2", "cosine"]
+) -> Float[Tensor, ""]:
+    """How far the student's tokens ``s`` are from those of the backbone before training, ``o``; against forgetting.
+
+    ``l2``: ``1/(n c) sum_n sum_c (s_nc - o_nc)^2``. ``cosine``: ``1 - 1/n sum_n cos(s_n, o_n)``.
+
+    Args:
+        student: with gradient.
+        original: taken as constants.
+        measure: which of the two.
+
+    Returns:
+        The mean, float32 or better.
+    """
+    if measure == "cosine":
+        return 1 - cosine_similarity(student, original.detach()).mean()
+    precise = torch.promote_types(student.dtype, torch.float32)
+    return (student.to(precise) - original.detach().to(precise)).square().mean()

@@ -3,14 +3,15 @@ import copy
 import pytest
 import torch
 
+from snd_nerfstudio.backbones.build import build_trainable
 from snd_nerfstudio.backbones.lora import LoRASettings, add_adapters, merged
 from snd_nerfstudio.backbones.registry import BACKBONES
-from snd_nerfstudio.backbones.vit import build_backbone, create_vit
+from snd_nerfstudio.backbones.timm_models import create_vit
 from snd_nerfstudio.errors import InputError
 
 
 def adapted(patch_embed=False, **settings):
-    backbone = build_backbone("tiny", "random", seed=0)
+    backbone = build_trainable("tiny", "random", seed=0)
     return backbone, add_adapters(backbone.vit, LoRASettings(**settings), patch_embed, seed=1)
 
 
@@ -33,7 +34,7 @@ def test_vit_small_gets_as_many_adapters_as_the_released_code_has(patch_embed, l
 
 
 def test_adapters_change_nothing_at_first_and_only_they_are_trained():
-    plain = build_backbone("tiny", "random", seed=0)
+    plain = build_trainable("tiny", "random", seed=0)
     backbone, _ = adapted()
     image = torch.rand(1, 3, 28, 28)
     with torch.no_grad():

@@ -1,26 +1,19 @@
-import subprocess
-import sys
+import dataclasses
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
-from snd_nerfstudio.backbones.registry import BACKBONES
-from snd_nerfstudio.backbones.vit import (
-    TokenBackbone,
-    build_backbone,
-    create_vit,
-    fingerprint,
-    import_timm,
-    load_weights,
-    token_grid,
-)
+from snd_nerfstudio.backbones.build import build_trainable
+from snd_nerfstudio.backbones.registry import BACKBONES, find_backbone
+from snd_nerfstudio.backbones.timm_models import create_vit, import_timm
+from snd_nerfstudio.backbones.vit import TokenBackbone, token_grid
+from snd_nerfstudio.backbones.weights import fingerprint
 from snd_nerfstudio.errors import InputError
 
 
 @pytest.fixture(scope="module")
 def tiny() -> TokenBackbone:
-    return build_backbone("tiny", "random", seed=3)
+    return build_trainable("tiny", "random", seed=3)
 
 
 def test_tokens_are_timms_normalised_patch_features_on_their_grid(tiny):
@@ -51,9 +44,9 @@ def test_random_weights_are_drawn_from_the_seed_and_leave_the_global_generator_a
     torch.manual_seed(0)
     expected = torch.rand(1)
     torch.manual_seed(0)
-    first = build_backbone("tiny", "random", seed=3)
+    first = build_trainable("tiny", "random", seed=3)
     assert torch.equal(torch.rand(1), expected)
-    same, other = build_backbone("tiny", "random", seed=3), build_backbone("tiny", "random", seed=4)
+    same, other = build_trainable("tiny", "random", seed=3), build_trainable("tiny", "random", seed=4)
     marks = [fingerprint(b.vit.state_dict()).tolist() for b in (first, same, other)]
     assert marks[0] == marks[1] != marks[2]
 
@@ -62,83 +55,81 @@ def test_everything_is_frozen_and_in_eval_mode(tiny):
     assert not any(p.requires_grad for p in tiny.parameters()) and not tiny.training
 
 
-@pytest.mark.parametrize("name", ["dinov2-small", "dinov2-base"])
-def test_published_models_have_the_architecture_of_dinov2(name):
+@pytest.mark.parametrize("block", [0, 2, -1])
+@pytest.mark.parametrize("norm", [False, True])
+def test_tokens_of_any_block_with_and_without_the_final_norm(tiny, block, norm):
+    images = torch.rand(2, 3, 28, 42)
+    with torch.no_grad():
+        x = tiny.vit._pos_embed(tiny.vit.patch_embed(tiny.prepared(images)))
+        for layer in tiny.vit.blocks[: block + 1 or None]:
+            x = layer(x)
+        x = tiny.vit.norm(x) if norm else x
+        tokens = tiny.tokens(images, block, norm)
+        last = tiny(images)
+    torch.testing.assert_close(tokens.patches, x[:, 1:].reshape(2, 2, 3, 96))
+    torch.testing.assert_close(tokens.class_token, x[:, 0])
+    if block == -1 and norm:
+        torch.testing.assert_close(tokens.patches, last)
+    with pytest.raises(ValueError, match="block 4 was asked for, .* has 4"):
+        tiny.tokens(images, 4)
+
+
+@pytest.mark.parametrize("name", [name for name in BACKBONES if name != "tiny"])
+def test_the_registry_says_what_timm_builds(name):
+    spec = BACKBONES[name]
     with torch.device("meta"):
-        vit = create_vit(BACKBONES[name])
-    width = {"dinov2-small": 384, "dinov2-base": 768}[name]
-    state = vit.state_dict()
-    assert len(state) == 174 and state["pos_embed"].shape == (1, 1370, width)
-    assert state["blocks.11.attn.qkv.weight"].shape == (3 * width, width) and "blocks.0.ls1.gamma" in state
-
-
-@pytest.mark.parametrize("layout", ["timm.safetensors", "timm.pth", "hub.pth"])
-def test_a_weights_file_is_loaded_strictly(tiny, tmp_path, layout):
-    file = tmp_path / layout
-    state = {k: v.clone() for k, v in create_vit(BACKBONES["tiny"]).state_dict().items()}
-    stored = {**state, "mask_token": torch.zeros(1, 96)} if layout == "hub.pth" else state
-    save_file(stored, file) if file.suffix == ".safetensors" else torch.save(stored, file)
-    loaded = build_backbone("tiny", str(file), seed=0).vit.state_dict()
-    assert all(torch.equal(loaded[k], state[k]) for k in state)
+        vit = create_vit(spec)
+    assert vit.patch_embed.patch_size == (spec.patch, spec.patch)
+    assert (vit.num_features, vit.num_prefix_tokens) == (spec.channels, spec.prefix_tokens)
+    assert (tuple(vit.pretrained_cfg["mean"]), tuple(vit.pretrained_cfg["std"])) == (spec.mean, spec.std)
+    assert spec.source.endswith(vit.pretrained_cfg["hf_hub_id"])
+    assert ("apache-2.0" in vit.pretrained_cfg["license"]) == (spec.licence == "Apache-2.0")
+    assert (spec.positions == "rotary") == (vit.pos_embed is None)
+    if name == "dinov2-small":
+        state = vit.state_dict()
+        assert len(state) == 174 and state["pos_embed"].shape == (1, 1370, 384)
+        assert state["blocks.11.attn.qkv.weight"].shape == (1152, 384) and "blocks.0.ls1.gamma" in state
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("name", "expected"),
     [
-        (lambda s: s.pop("norm.weight"), "1 missing .norm.weight"),
-        (lambda s: s.update(extra=torch.zeros(1)), "1 unexpected .extra"),
-        (lambda s: s.update({"norm.weight": torch.zeros(7)}), "1 of another shape .norm.weight"),
-        (lambda s: [s.update({f"base_model.model.{k}": s.pop(k)}) for k in list(s)], "missing"),
+        ("vit_tiny_patch16_224.augreg_in21k", (16, 192, 1, (0.5, 0.5, 0.5), "timm")),
+        ("vit_base_patch32_clip_224.openai", (32, 768, 1, (0.48145466, 0.4578275, 0.40821073), "timm")),
+        ("vit_small_patch16_dinov3_qkvb.lvd1689m", (16, 384, 5, (0.485, 0.456, 0.406), "rotary")),
     ],
 )
-def test_a_file_of_another_model_is_refused_with_the_keys(tmp_path, change, message):
-    vit = create_vit(BACKBONES["tiny"])
-    state = {k: v.clone() for k, v in vit.state_dict().items()}
-    change(state)
-    torch.save(state, tmp_path / "w.pth")
-    with pytest.raises(InputError, match=message):
-        load_weights(vit, tmp_path / "w.pth")
+def test_any_vision_transformer_of_timm_can_be_named(name, expected):
+    spec = find_backbone(name)
+    assert (spec.patch, spec.channels, spec.prefix_tokens, spec.mean, spec.positions) == expected
+    assert spec.source == f"https://huggingface.co/timm/{name}"
+    assert find_backbone("vit_small_patch14_dinov2.lvd142m") is BACKBONES["dinov2-small"]
 
 
-def test_a_pickle_that_runs_code_is_not_opened(tmp_path):
-    class Bomb:
-        def __reduce__(self):
-            return (open, (str(tmp_path / "exploded"), "w"))
-
-    torch.save({"norm.weight": Bomb()}, tmp_path / "w.pth")
-    with pytest.raises(InputError, match="cannot be read as weights"):
-        load_weights(create_vit(BACKBONES["tiny"]), tmp_path / "w.pth")
-    assert not (tmp_path / "exploded").exists()
-
-
-def test_a_missing_file_and_an_unknown_name_are_named(tmp_path):
-    with pytest.raises(InputError, match="nowhere.pth: no such file"):
-        build_backbone("tiny", str(tmp_path / "nowhere.pth"), seed=0)
-    with pytest.raises(InputError, match="Unknown backbone.*dinov2-small"):
-        build_backbone("resnet", "random", seed=0)
-    with pytest.raises(InputError, match="no published weights"):
-        build_backbone("tiny", "published", seed=0)
+def test_a_timm_model_and_one_with_rotary_positions_give_tokens():
+    plus = {"embed_dim": 96, "depth": 2, "num_heads": 3}
+    for name in ("vit_tiny_patch16_224.augreg_in21k", "dinov3-small", "eva02_tiny_patch14_224"):
+        spec = find_backbone(name)
+        backbone = TokenBackbone(spec, create_vit(dataclasses.replace(spec, timm_arguments=plus))).eval()
+        images = torch.rand(1, 3, 4 * spec.patch, 6 * spec.patch + 3)
+        with torch.no_grad():
+            tokens, named = backbone(images), backbone.tokens(images, norm=True)
+        assert tokens.shape == (1, 4, 6, 96)
+        torch.testing.assert_close(named.patches, tokens)
 
 
-def test_offline_the_error_names_the_address_and_the_flag(monkeypatch):
-    # a real failed download: the hub's address is one where nobody listens, and no cache may answer
-    program = (
-        "from snd_nerfstudio.backbones.vit import build_backbone\n"
-        "from snd_nerfstudio.errors import InputError\n"
-        "try:\n    build_backbone('dinov2-small', 'published', 0)\n"
-        "except InputError as error:\n    print(error)\n"
-    )
-    import os
+@pytest.mark.parametrize("name", ["resnet50", "swin_tiny_patch4_window7_224"])
+def test_other_models_of_timm_are_refused(name):
+    with pytest.raises(InputError, match=f"{name} is no vision transformer"):
+        find_backbone(name)
 
-    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": "/nonexistent", "HF_HUB_OFFLINE": "1"}
-    printed = subprocess.run(
-        check=False, args=[sys.executable, "-c", program], capture_output=True, text=True, env=environment, timeout=120
-    )
-    assert "huggingface.co/timm/vit_small_patch14_dinov2.lvd142m" in printed.stdout, printed.stderr
-    assert "--pipeline.model.weights PATH" in printed.stdout
+
+def test_an_unknown_name_is_refused_with_what_there_is():
+    with pytest.raises(InputError, match="Unknown backbone --backbone dinosaur.*dinov2-small"):
+        find_backbone("dinosaur", flag="--backbone")
 
 
 def test_an_old_timm_is_reported_with_the_command_that_mends_it(monkeypatch):
-    monkeypatch.setattr("snd_nerfstudio.backbones.vit.version", lambda name: "0.6.7")
-    with pytest.raises(InputError, match='pip install -U "timm>=1.0.12,<2"'):
+    monkeypatch.setattr("snd_nerfstudio.backbones.timm_models.version", lambda name: "0.6.7")
+    with pytest.raises(InputError, match='pip install -U "timm>=1.0.20,<2"'):
         import_timm()

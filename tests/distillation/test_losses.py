@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from snd_nerfstudio.distillation.head import DINOHead, HeadSettings
 from snd_nerfstudio.distillation.losses import (
     cosine_similarity,
+    preservation,
     prototype_cross_entropy,
     prototype_kl_per_token,
     prototype_loss,
@@ -362,3 +363,36 @@ def test_the_second_order_is_near_the_whole_at_temperature_1_and_less_so_below(
     if temperature == 1.0:
         assert cosine(found[1], expected[1]) > 0.99
         assert float(approximate.cross_entropy) == pytest.approx(float(exact.cross_entropy), abs=1e-4)
+
+
+# ---------------------------------------------------------------------- against forgetting
+
+
+@pytest.mark.parametrize(
+    ("measure", "expected"),
+    [
+        ("l2", (1 + 9 + 16 + 4) / 4),  # differences (1, -3) and (4, 2)
+        ("cosine", 1 - (0.6 + 0.0) / 2),  # (3, 4) against (2, 0) times any length: 0.6; (5, 0) against (0, 2): 0
+    ],
+)
+def test_how_far_tokens_have_moved_by_hand(measure, expected):
+    if measure == "l2":
+        student, original = torch.tensor([[2.0, 1.0], [5.0, 2.0]]), torch.tensor([[1.0, 4.0], [1.0, 0.0]])
+    else:
+        student, original = torch.tensor([[3.0, 4.0], [5.0, 0.0]]), torch.tensor([[2.0, 0.0], [0.0, 2.0]])
+    assert float(preservation(student, original, measure)) == pytest.approx(expected)
+    assert float(preservation(original, original, measure)) == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("measure", ["l2", "cosine"])
+def test_only_the_student_is_drawn_back_and_in_float32(measure):
+    torch.manual_seed(0)
+    student, original = torch.randn(5, 7).bfloat16().requires_grad_(), torch.randn(5, 7, requires_grad=True)
+    moved = preservation(student, original, measure)
+    moved.backward()
+    assert moved.dtype == torch.float32 and original.grad is None and student.grad.abs().max() > 0
+    exact = preservation(student.double(), original.double(), measure)
+    assert exact.dtype == torch.float64 and float(moved) == pytest.approx(float(exact), rel=1e-5)
+    with torch.no_grad():
+        nearer = student.float() - 0.1 * student.grad.float()
+        assert preservation(nearer, original, measure) < moved

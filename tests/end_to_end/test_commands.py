@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from tests.end_to_end.commands import curve, folder_of, run, start, tiny_training
 
@@ -44,7 +43,7 @@ def test_the_loss_falls(trained):
 
 
 def test_the_learning_rate_warms_up_and_ends_near_zero(trained):
-    rate = curve(trained, "learning_rate/adapters")
+    rate = curve(trained, "learning_rate/backbone")
     assert max(rate.values()) == pytest.approx(1e-3, rel=0.02) and rate[STEPS - 1] < 1e-5
 
 
@@ -105,31 +104,36 @@ def test_a_video_of_features_is_rendered_along_the_cameras(trained, tmp_path):
     assert features.std() > 20 and np.abs(np.diff(features[:10].astype(float), axis=0)).mean() > 0.5
 
 
-@pytest.mark.parametrize(("command", "which"), [("ns-export", "teacher"), ("snd-export", "student")])
-def test_the_backbone_is_exported_and_reloads_in_timm(trained, tmp_path, command, which):
-    import timm
-
-    folder = tmp_path / "backbone"
-    run(command, "snd-backbone", "--load-config", trained / "config.yml", "--output-dir", folder, "--which", which)
-    assert sorted(f.name for f in folder.iterdir()) == ["manifest.json", "snd_backbone.safetensors"]
-    manifest = json.loads((folder / "manifest.json").read_text())
-    assert manifest["which"] == which and manifest["step"] == STEPS - 1
-    assert manifest["largest_token_difference_after_reloading"] < 1e-4
-    vit = timm.create_model(manifest["timm_model"], pretrained=False, **manifest["timm_arguments"]).eval()
-    vit.load_state_dict(load_file(folder / manifest["file"]), strict=True)
-
-    # against the model itself, adapters not merged
+def test_the_backbone_is_exported_in_every_format(trained, tmp_path):
+    from snd_nerfstudio.exporting.formats import FORMATS
     from snd_nerfstudio.snd_pipeline import load_trained_model
 
+    folder = tmp_path / "backbone"
+    student = ["--which", "student", "--format", "all"]
+    printed = run(
+        "ns-export", "snd-backbone", "--load-config", trained / "config.yml", "--output-dir", folder, *student
+    )
+    assert "Left out" not in printed and sorted(entry.name for entry in folder.iterdir()) == sorted(FORMATS)
+    # against the model itself, adapters not merged
     _, model, _ = load_trained_model(trained / "config.yml")
     image = torch.rand(1, 3, 112, 168, generator=torch.Generator().manual_seed(1))
-    mean, std = (torch.tensor(manifest[name]).view(3, 1, 1) for name in ("mean", "std"))
     with torch.no_grad():
-        tokens = vit.forward_features((image - mean) / std)[:, vit.num_prefix_tokens :]
-        own = (model.teacher_tokens if which == "teacher" else model.student_tokens)(image)
-        untrained = model.teacher_tokens(image) if which == "student" else model.student_tokens(image)
-    assert (tokens - own.flatten(1, 2)).abs().max() < 1e-4
-    assert (tokens - untrained.flatten(1, 2)).abs().max() > 1e-3  # teacher and student do differ
+        own, teachers = model.student_tokens(image), model.teacher_tokens(image)
+        assert (own - teachers).abs().max() > 1e-3
+        for name, layout in FORMATS.items():
+            tokens = layout.read(folder / name, model.student.backbone.spec)(image).patches
+            assert (tokens - own).abs().max() < 1e-4
+            manifest = json.loads((folder / name / "manifest.json").read_text())
+            assert manifest["which"] == "student" and manifest["step"] == STEPS - 1
+            assert manifest["data"]["scenes"] == 2 and manifest["training"]["pipeline"]["profile"] == "fixed"
+
+
+def test_the_command_without_open3d_exports_the_teacher_which_can_be_trained_on(trained, rooms, outputs, tmp_path):
+    folder = tmp_path / "backbone"
+    run("snd-export", "snd-backbone", "--load-config", trained / "config.yml", "--output-dir", folder)
+    assert json.loads((folder / "timm" / "manifest.json").read_text())["which"] == "teacher"
+    again = [*tiny_training(rooms, outputs, "again", 2), "--pipeline.model.weights", folder / "timm"]
+    assert "62 tensors matched" in run(*again)
 
 
 def test_ns_export_lists_our_command_beside_its_own():

@@ -1,72 +1,204 @@
+import contextlib
+import dataclasses
 import hashlib
+import io
 import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
-import timm
 import torch
-from safetensors.torch import load_file
-from torch import nn
+import yaml
 
 from snd_nerfstudio.backbones.registry import BACKBONES
-from snd_nerfstudio.backbones.vit import create_vit
+from snd_nerfstudio.backbones.timm_models import create_vit
+from snd_nerfstudio.backbones.vit import TokenBackbone
 from snd_nerfstudio.errors import InputError
-from snd_nerfstudio.exporting.backbone import MANIFEST, WEIGHTS, export_backbone
+from snd_nerfstudio.exporting.backbone import CARD, MANIFEST, compare, export_backbone, plain_values, refused
+from snd_nerfstudio.exporting.card import usage
+from snd_nerfstudio.exporting.formats import FORMATS
 
-TINY = BACKBONES["tiny"]
+SMALL = {"embed_dim": 96, "depth": 3, "num_heads": 3, "init_values": 1.0}
+TINY = dataclasses.replace(BACKBONES["tiny"], timm_arguments={**SMALL, "img_size": 518})
+REGISTERS = dataclasses.replace(
+    TINY, timm_name="vit_small_patch14_reg4_dinov2.lvd142m", positions="timm", prefix_tokens=5
+)
+DINOV3 = dataclasses.replace(BACKBONES["dinov3-small"], timm_arguments=SMALL)
+OTHER = dataclasses.replace(TINY, timm_name="vit_small_patch16_224", family="other", positions="timm", patch=16)
+ABOUT = {
+    "step": 7,
+    "which": "teacher",
+    "profile": "fixed",
+    "adapted_layers": ["blocks.0-2.attn.qkv"],
+    "data": {"frames": 9},
+}
 
 
-@pytest.fixture
-def vit() -> nn.Module:
+def small(spec, positions=None):
     torch.manual_seed(0)
-    return create_vit(TINY).eval()
+    backbone = TokenBackbone(spec, create_vit(spec), positions).eval()
+    for name, parameter in backbone.vit.named_parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return backbone.requires_grad_(False)
 
 
-def test_the_file_is_a_timm_model_and_the_manifest_says_which(vit, tmp_path):
-    manifest = json.loads(export_backbone(vit, TINY, tmp_path / "new" / "folder", {"step": 7}).read_text())
-    file = tmp_path / "new" / "folder" / WEIGHTS
-    assert manifest["step"] == 7 and manifest["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
-    assert manifest["largest_token_difference_after_reloading"] < 1e-6
-    assert set(manifest["versions"]) == {"snd-nerfstudio", "torch", "timm", "peft", "safetensors"}
-    fresh = timm.create_model(manifest["timm_model"], pretrained=False, **manifest["timm_arguments"])
-    fresh.load_state_dict(load_file(file), strict=True)
-    assert all(torch.equal(fresh.state_dict()[k], v) for k, v in vit.state_dict().items())
+CASES = {
+    **{f"dinov2 {name}": (TINY, None, name) for name in FORMATS},
+    **{f"registers {name}": (REGISTERS, None, name) for name in FORMATS},
+    "dinov2 with timm's positions hub": (TINY, "timm", "hub"),
+    "dinov2 with timm's positions transformers": (TINY, "timm", "transformers"),
+    "dinov3 timm": (DINOV3, None, "timm"),
+    "dinov3 transformers": (DINOV3, None, "transformers"),
+    "dinov3 onnx": (DINOV3, None, "onnx"),
+    "other pt2": (OTHER, None, "pt2"),
+}
 
 
-def test_an_export_over_an_older_one_replaces_it_whole(vit, tmp_path):
-    export_backbone(vit, TINY, tmp_path, {"step": 1})
+@pytest.mark.parametrize("case", CASES)
+def test_every_format_gives_the_same_tokens_at_every_size_and_its_card_runs(case, tmp_path, monkeypatch):
+    spec, positions, name = CASES[case]
+    backbone = small(spec, positions)
+    file = export_backbone(backbone, name, tmp_path / "new", ABOUT)
+    manifest = json.loads(file.read_text())
+    sides = [(check["height"] // spec.patch, check["width"] // spec.patch) for check in manifest["checked_on"]]
+    assert sides == [(16, 16), (37, 37), (24, 36)]
+    # tokens have a root mean square of about 0.1 here
+    assert all(check["largest_difference"] < 1e-4 for check in manifest["checked_on"])
+    assert manifest["step"] == 7 and manifest["position_embedding"] == backbone.positions
+    folder = file.parent
+    listed = {entry.name for entry in folder.iterdir()}
+    assert listed == {MANIFEST, CARD, *manifest["files"]} and folder.name == name
+    assert all(hashlib.sha256((folder / f).read_bytes()).hexdigest() == s for f, s in manifest["files"].items())
+    modes = {entry.stat().st_mode for entry in folder.iterdir()}
+    assert len(modes) == 1
+    card = (folder / CARD).read_text()
+    assert usage(manifest).rstrip() in card and "frames: 9" in card
+    printed = run_from_within(folder, usage(manifest), monkeypatch)
+    assert re.search(r"1, 384, 96|1, 16, 24, 96", printed), printed
+
+
+def run_from_within(folder, code, monkeypatch):
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(str(folder))
+    for carried in ("snd_timm", "snd_vision_transformer", "hubconf"):
+        monkeypatch.delitem(sys.modules, carried, raising=False)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(code, "card", "exec"), {})
+    return printed.getvalue()
+
+
+@pytest.mark.parametrize("name", ["timm", "transformers"])
+def test_what_the_library_does_without_our_code_is_measured(name, tmp_path):
+    manifest = json.loads(export_backbone(small(TINY), name, tmp_path, ABOUT).read_text())
+    apart = [check["largest_difference_without_carried_code"] for check in manifest["checked_on"]]
+    assert apart[0] > 1e-3 and apart[1] < 1e-5 and apart[2] > 1e-3
+    assert f"{max(apart):.1%} of the tokens' root mean square apart" in (tmp_path / name / CARD).read_text()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_wrong_weights_are_noticed_in_every_format(name, tmp_path):
+    backbone, other = small(TINY), small(TINY)
     with torch.no_grad():
-        vit.norm.bias += 1
-    export_backbone(vit, TINY, tmp_path, {"step": 2})
-    assert json.loads((tmp_path / MANIFEST).read_text())["step"] == 2
-    assert torch.equal(load_file(tmp_path / WEIGHTS)["norm.bias"], vit.norm.bias)
-    assert sorted(f.name for f in tmp_path.iterdir()) == sorted([MANIFEST, WEIGHTS])
-
-
-def test_a_model_that_reloads_to_other_tokens_is_not_written(vit, tmp_path):
-    # a hook is not part of a state dict: the reloaded model lacks it
-    vit.norm.register_forward_hook(lambda module, inputs, output: output * 1.01)
+        other.vit.blocks[1].attn.proj.weight[5] += 0.05
+    folder = tmp_path / name
+    folder.mkdir()
+    FORMATS[name].write(other, folder)
     with pytest.raises(RuntimeError, match="differ by"):
-        export_backbone(vit, TINY, tmp_path, {})
+        compare(backbone, FORMATS[name], folder)
+
+
+def test_an_export_over_an_older_one_replaces_it_whole(tmp_path):
+    backbone = small(TINY)
+    export_backbone(backbone, "timm", tmp_path, {"step": 1})
+    (tmp_path / "timm" / "leftover").write_text("of another version")
+    with torch.no_grad():
+        backbone.vit.norm.bias += 1
+    export_backbone(backbone, "timm", tmp_path, {"step": 2})
+    assert json.loads((tmp_path / "timm" / MANIFEST).read_text())["step"] == 2
+    assert not (tmp_path / "timm" / "leftover").exists()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["timm"]
+
+
+def test_a_model_that_reloads_to_other_tokens_is_not_written(tmp_path):
+    backbone = small(TINY)
+    # a hook is not part of a state dict: the reloaded model lacks it
+    backbone.vit.norm.register_forward_hook(lambda module, inputs, output: output * 1.01)
+    with pytest.raises(RuntimeError, match="differ by"):
+        export_backbone(backbone, "timm", tmp_path, {})
     assert list(tmp_path.iterdir()) == []
 
 
-def test_weights_that_cannot_be_written_leave_the_older_export_alone(vit, tmp_path, monkeypatch):
+def test_weights_that_cannot_be_written_leave_the_older_export_alone(tmp_path, monkeypatch):
     from safetensors import SafetensorError
 
-    export_backbone(vit, TINY, tmp_path, {"step": 1})
+    export_backbone(small(TINY), "timm", tmp_path, {"step": 1})
 
-    def no_space(state, file, metadata):
-        file.write_bytes(b"half")
+    def no_space(*args, **kwargs):
         raise SafetensorError("No space left on device")
 
-    monkeypatch.setattr("snd_nerfstudio.exporting.backbone.save_file", no_space)
+    monkeypatch.setattr("safetensors.torch.save_file", no_space)
     with pytest.raises(InputError, match="No space left"):
-        export_backbone(vit, TINY, tmp_path, {"step": 2})
-    assert json.loads((tmp_path / MANIFEST).read_text())["step"] == 1
-    assert sorted(f.name for f in tmp_path.iterdir()) == sorted([MANIFEST, WEIGHTS])
+        export_backbone(small(TINY), "timm", tmp_path, {"step": 2})
+    assert json.loads((tmp_path / "timm" / MANIFEST).read_text())["step"] == 1
+    assert [entry.name for entry in tmp_path.iterdir()] == ["timm"]
 
 
-def test_a_folder_that_cannot_be_written_is_named(vit, tmp_path):
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="--output-dir .*file cannot be written"):
-        export_backbone(vit, TINY, tmp_path / "file", {})
+        export_backbone(small(TINY), "timm", tmp_path / "file", {})
+
+
+def test_formats_that_do_not_have_the_architecture_say_so(tmp_path, monkeypatch):
+    assert set(refused(small(DINOV3), list(FORMATS))) == {"hub"}
+    assert set(refused(small(OTHER), list(FORMATS))) == {"hub", "transformers"}
+    with pytest.raises(InputError, match="--format hub: vit_small_patch16_dinov3 is no DINOv2 model"):
+        export_backbone(small(DINOV3), "hub", tmp_path, {})
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r'--format onnx: onnx, .* run pip install "snd-nerfstudio\[onnx\]"'):
+        export_backbone(small(TINY), "onnx", tmp_path, {})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_licences_are_in_the_cards_front_matter(tmp_path):
+    fronts = []
+    for spec in (BACKBONES["dinov2-small"], DINOV3):
+        spec = dataclasses.replace(spec, timm_arguments=SMALL)
+        card = (export_backbone(small(spec), "timm", tmp_path, ABOUT).parent / CARD).read_text()
+        fronts.append(yaml.safe_load(card.split("---")[1]))
+    assert fronts[0]["license"] == "apache-2.0" and fronts[0]["base_model"] == "timm/vit_small_patch14_dinov2.lvd142m"
+    assert (fronts[1]["license"], fronts[1]["license_name"]) == ("other", "dinov3-license")
+
+
+def test_without_a_connection_an_upload_says_where_the_export_is(tmp_path):
+    program = (
+        "from pathlib import Path\nfrom snd_nerfstudio.errors import InputError\n"
+        "from snd_nerfstudio.exporting.backbone import push\n"
+        f"try:\n    push(Path({str(tmp_path)!r}), 'user/name', True)\nexcept InputError as error:\n    print(error)\n"
+    )
+    environment = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_TOKEN": "hf_none", "HF_HOME": str(tmp_path / "home")}
+    printed = subprocess.run(
+        check=False,
+        args=[sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        timeout=120,
+    )
+    assert "--push-to-hub user/name failed" in printed.stdout, printed.stderr
+    assert f"The export is in {tmp_path}" in printed.stdout and "hf upload user/name" in printed.stdout
+
+
+def test_configs_become_plain_values():
+    @dataclasses.dataclass
+    class Inner:
+        _target: type = int
+        path: Path = Path("/data/rooms")
+
+    found = plain_values({"inner": Inner(), "rates": (1, 2.5), "method": print, "none": None})
+    assert found == {"inner": {"path": "/data/rooms"}, "rates": [1, 2.5], "method": None, "none": None}
+    json.dumps(found)

@@ -1,0 +1,129 @@
+"""Position embeddings for image sizes other than the one a model was trained at, as small matrix products.
+
+``F.interpolate`` does the same, but not everywhere: the formula here survives ``torch.export`` and ONNX with image
+sizes left open. `backbones.plain` keeps the calls of ``F.interpolate`` that it must agree with.
+"""
+
+from typing import Literal, Union
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+Interpolation = Literal["hub", "timm"]
+Side = Union[int, torch.SymInt]
+"""Rows or columns of a token grid; symbolic while a model is traced for all of them."""
+HUB_OFFSET = 0.1
+"""DINOv2 adds this to the new grid's side before it divides by the old one's."""
+
+
+def cubic_kernel(distance: Float[Tensor, "*n"], a: float) -> Float[Tensor, "*n"]:
+    """Cubic convolution (Keys 1981) with free parameter ``a``: 1 at 0, 0 at and beyond 2.
+
+    Args:
+        distance: in samples.
+        a: -0.75 in PyTorch's bicubic mode, -0.5 in its antialiased one.
+    """
+    x = distance.abs()
+    near = ((a + 2) * x - (a + 3)) * x * x + 1
+    far = ((x - 5) * x + 8) * a * x - 4 * a
+    return torch.where(x < 1, near, torch.where(x < 2, far, torch.zeros_like(x)))
+
+
+def interpolation_matrix(old: int, new: Side, interpolation: Interpolation) -> Float[Tensor, "new old"]:
+    """Weights of old samples in new ones along one axis, float64; rows sum to 1.
+
+    Args:
+        old: number of samples.
+        new: number of samples wanted.
+        interpolation: ``hub``: bicubic with borders repeated and the scale ``(new + 0.1) / old``; ``timm``: bicubic
+            with antialiasing and the scale ``new / old``.
+    """
+    taken = torch.arange(old, dtype=torch.float64)
+    places: Tensor = torch.arange(new, dtype=torch.float64) + 0.5
+    if interpolation == "hub":
+        centres: Tensor = places * (old / (new + HUB_OFFSET)) - 0.5  # type: ignore  # a factor, symbolic or not
+        first = centres.floor()
+        rows = []
+        for tap in (-1, 0, 1, 2):
+            weights = cubic_kernel(centres - first - tap, -0.75)
+            source = (first + tap).clamp(0, old - 1)
+            rows.append(weights[:, None] * (source[:, None] == taken).double())
+        return rows[0] + rows[1] + rows[2] + rows[3]
+    scale: Tensor = torch.ones(1, dtype=torch.float64) * old / new  # type: ignore  # likewise
+    widest = scale.clamp(min=1.0)
+    centres = places * scale
+    inside = taken >= (centres - 2 * widest + 0.5).clamp(min=0).floor()[:, None]
+    inside &= taken < (centres + 2 * widest + 0.5).clamp(max=old).floor()[:, None]
+    weights = cubic_kernel((taken + 0.5 - centres[:, None]) / widest, -0.5) * inside.double()
+    return weights / weights.sum(dim=1, keepdim=True)
+
+
+def resample_positions(
+    positions: Float[Tensor, "1 p c"], prefix: int, grid: tuple[int, int], new: tuple[Side, Side], how: Interpolation
+) -> Float[Tensor, "1 q c"]:
+    """A position embedding for another token grid; unchanged where the grid is the same.
+
+    Args:
+        positions: of the prefix tokens and then of a grid, row by row.
+        prefix: number of prefix tokens that have an embedding.
+        grid: rows and columns of that grid.
+        new: rows and columns wanted.
+        how: see `interpolation_matrix`.
+    """
+    rows = interpolation_matrix(grid[0], new[0], how)
+    columns = interpolation_matrix(grid[1], new[1], how)
+    # DINOv2's offset would move even a grid of the same size, and its code leaves that alone; without a branch on sizes
+    same_rows = torch.arange(new[0]).sum() == grid[0] * (grid[0] - 1) // 2
+    same_columns = torch.arange(new[1]).sum() == grid[1] * (grid[1] - 1) // 2
+    same = same_rows & same_columns
+    rows = torch.where(same, _identity(new[0], grid[0]), rows).to(positions.device)
+    columns = torch.where(same, _identity(new[1], grid[1]), columns).to(positions.device)
+    # float64 also keeps autocast away
+    old = rearrange(positions[:, prefix:].double(), "1 (h w) c -> h (w c)", h=grid[0])
+    stretched = rearrange(rows @ old, "h (w c) -> w (h c)", w=grid[1])
+    resampled = rearrange(columns @ stretched, "w (h c) -> 1 (h w) c", c=positions.shape[-1])
+    return torch.cat([positions[:, :prefix], resampled.to(positions.dtype)], dim=1)
+
+
+def _identity(rows: Side, columns: int) -> Float[Tensor, "rows columns"]:
+    return (torch.arange(rows)[:, None] == torch.arange(columns)).double()
+
+
+class ResampledVisionTransformer(VisionTransformer):
+    """A timm model whose position embedding follows the image size in a way of our choice.
+
+    Made of an existing model by `resample_with`; weights and everything else stay timm's.
+    """
+
+    interpolation: Interpolation
+
+    def _pos_embed(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b n c"]:
+        prefix = 0 if self.no_embed_class else self.num_prefix_tokens
+        height, width = x.shape[1:3]
+        old = self.patch_embed.grid_size
+        assert self.pos_embed is not None
+        positions = resample_positions(self.pos_embed, prefix, old, (height, width), self.interpolation)
+        tokens = x.flatten(1, 2)
+        first = [t.expand(x.shape[0], -1, -1) for t in (self.cls_token, self.reg_token) if t is not None]
+        if self.no_embed_class:
+            return self.pos_drop(torch.cat([*first, tokens + positions], dim=1))
+        return self.pos_drop(torch.cat([*first, tokens], dim=1) + positions)
+
+
+def resample_with(vit: nn.Module, interpolation: Interpolation) -> None:
+    """Let a timm model resample its position embedding like this, in place.
+
+    Raises:
+        TypeError: it is not timm's plain ``VisionTransformer`` with an absolute position embedding and a free image
+            size.
+    """
+    plain = isinstance(vit, VisionTransformer) and type(vit) in (VisionTransformer, ResampledVisionTransformer)
+    if not plain or vit.pos_embed is None:
+        raise TypeError(f"{type(vit).__name__} has no position embedding that could be resampled")
+    if not vit.dynamic_img_size:
+        raise TypeError("the model was built for one image size")
+    vit.__class__ = ResampledVisionTransformer
+    vit.interpolation = interpolation  # type: ignore
