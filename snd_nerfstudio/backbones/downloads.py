@@ -1,6 +1,5 @@
 """Weights that others published: where they are, fetching them once, and checking what arrived."""
 
-import hashlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from urllib.parse import urlparse
 import torch
 
 from snd_nerfstudio.backbones.registry import BackboneSpec
+from snd_nerfstudio.checksums import sha256
 from snd_nerfstudio.errors import InputError
 
 DINOV2 = "https://dl.fbaipublicfiles.com/dinov2"
@@ -154,12 +154,3 @@ def check_sha256(file: Path, expected: Optional[str], source: str, flag: str) ->
             f"{file} is not what {source} should be: its SHA-256 is {found[:12]}..., expected {expected[:12]}.... "
             f"Delete it to fetch it again, or pass {flag} PATH."
         )
-
-
-def sha256(file: Path) -> str:
-    """A file's SHA-256 in hexadecimal."""
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -1,12 +1,13 @@
-"""Position embeddings for image sizes other than the one a model was trained at, as small matrix products.
+"""Position embeddings for image sizes other than the one a model was trained at.
 
-``F.interpolate`` does the same, but not everywhere: the formula here survives ``torch.export`` and ONNX with image
-sizes left open. `backbones.plain` keeps the calls of ``F.interpolate`` that it must agree with.
+`interpolate_positions` calls ``F.interpolate`` as DINOv2's own code and timm do. `multiply_positions` does the same by
+small matrix products, which survive ``torch.export`` and ONNX with image sizes left open.
 """
 
 from typing import Literal, Union
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float
 from timm.models.vision_transformer import VisionTransformer
@@ -38,8 +39,7 @@ def interpolation_matrix(old: int, new: Side, interpolation: Interpolation) -> F
     Args:
         old: number of samples.
         new: number of samples wanted.
-        interpolation: ``hub``: bicubic with borders repeated and the scale ``(new + 0.1) / old``; ``timm``: bicubic
-            with antialiasing and the scale ``new / old``.
+        interpolation: see `interpolate_positions`.
     """
     taken = torch.arange(old, dtype=torch.float64)
     places: Tensor = torch.arange(new, dtype=torch.float64) + 0.5
@@ -61,8 +61,8 @@ def interpolation_matrix(old: int, new: Side, interpolation: Interpolation) -> F
     return weights / weights.sum(dim=1, keepdim=True)
 
 
-def resample_positions(
-    positions: Float[Tensor, "1 p c"], prefix: int, grid: tuple[int, int], new: tuple[Side, Side], how: Interpolation
+def interpolate_positions(
+    positions: Float[Tensor, "1 p c"], prefix: int, grid: tuple[int, int], new: tuple[int, int], how: Interpolation
 ) -> Float[Tensor, "1 q c"]:
     """A position embedding for another token grid; unchanged where the grid is the same.
 
@@ -71,17 +71,32 @@ def resample_positions(
         prefix: number of prefix tokens that have an embedding.
         grid: rows and columns of that grid.
         new: rows and columns wanted.
-        how: see `interpolation_matrix`.
+        how: ``hub``: bicubic, scaled by ``(new + 0.1) / old``; ``timm``: bicubic with antialiasing.
     """
+    if new == grid:
+        return positions
+    old = rearrange(positions[:, prefix:].float(), "1 (h w) c -> 1 c h w", h=grid[0])
+    if how == "hub":
+        scales = tuple((wanted + HUB_OFFSET) / there for wanted, there in zip(new, grid, strict=True))
+        resampled = F.interpolate(old, scale_factor=scales, mode="bicubic")
+    else:
+        resampled = F.interpolate(old, size=new, mode="bicubic", antialias=True)
+    resampled = rearrange(resampled, "1 c h w -> 1 (h w) c").to(positions.dtype)
+    return torch.cat([positions[:, :prefix], resampled], dim=1)
+
+
+def multiply_positions(
+    positions: Float[Tensor, "1 p c"], prefix: int, grid: tuple[int, int], new: tuple[Side, Side], how: Interpolation
+) -> Float[Tensor, "1 q c"]:
+    """What `interpolate_positions` gives, without a branch on sizes."""
     rows = interpolation_matrix(grid[0], new[0], how)
     columns = interpolation_matrix(grid[1], new[1], how)
-    # DINOv2's offset would move even a grid of the same size, and its code leaves that alone; without a branch on sizes
+    # DINOv2's offset would move even a grid of the same size, and its code leaves that alone
     same_rows = torch.arange(new[0]).sum() == grid[0] * (grid[0] - 1) // 2
     same_columns = torch.arange(new[1]).sum() == grid[1] * (grid[1] - 1) // 2
     same = same_rows & same_columns
     rows = torch.where(same, _identity(new[0], grid[0]), rows).to(positions.device)
     columns = torch.where(same, _identity(new[1], grid[1]), columns).to(positions.device)
-    # float64 also keeps autocast away
     old = rearrange(positions[:, prefix:].double(), "1 (h w) c -> h (w c)", h=grid[0])
     stretched = rearrange(rows @ old, "h (w c) -> w (h c)", w=grid[1])
     resampled = rearrange(columns @ stretched, "w (h c) -> 1 (h w) c", c=positions.shape[-1])
@@ -99,13 +114,15 @@ class ResampledVisionTransformer(VisionTransformer):
     """
 
     interpolation: Interpolation
+    traceable: bool
 
     def _pos_embed(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b n c"]:
         prefix = 0 if self.no_embed_class else self.num_prefix_tokens
         height, width = x.shape[1:3]
-        old = self.patch_embed.grid_size
         assert self.pos_embed is not None
-        positions = resample_positions(self.pos_embed, prefix, old, (height, width), self.interpolation)
+        resample = multiply_positions if self.traceable else interpolate_positions
+        old = self.patch_embed.grid_size
+        positions = resample(self.pos_embed, prefix, old, (height, width), self.interpolation)
         tokens = x.flatten(1, 2)
         first = [t.expand(x.shape[0], -1, -1) for t in (self.cls_token, self.reg_token) if t is not None]
         if self.no_embed_class:
@@ -113,8 +130,13 @@ class ResampledVisionTransformer(VisionTransformer):
         return self.pos_drop(torch.cat([*first, tokens], dim=1) + positions)
 
 
-def resample_with(vit: nn.Module, interpolation: Interpolation) -> None:
+def resample_with(vit: nn.Module, interpolation: Interpolation, traceable: bool = False) -> None:
     """Let a timm model resample its position embedding like this, in place.
+
+    Args:
+        vit: the model.
+        interpolation: see `interpolate_positions`.
+        traceable: by matrix products, for a graph of all image sizes.
 
     Raises:
         TypeError: it is not timm's plain ``VisionTransformer`` with an absolute position embedding and a free image
@@ -127,3 +149,4 @@ def resample_with(vit: nn.Module, interpolation: Interpolation) -> None:
         raise TypeError("the model was built for one image size")
     vit.__class__ = ResampledVisionTransformer
     vit.interpolation = interpolation  # type: ignore
+    vit.traceable = traceable  # type: ignore

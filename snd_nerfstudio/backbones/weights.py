@@ -19,6 +19,7 @@ from snd_nerfstudio.backbones.layouts import LayoutError, State
 from snd_nerfstudio.backbones.registry import BackboneSpec, PositionEmbedding, find_backbone
 from snd_nerfstudio.backbones.weight_files import read_adapter_config, read_content, stated_sha256
 from snd_nerfstudio.backbones.weight_readers import Context, Reading, Which, read_any
+from snd_nerfstudio.checksums import sha256
 from snd_nerfstudio.errors import InputError
 
 FLAG = "--pipeline.model.weights"
@@ -251,7 +252,7 @@ def _published(spec: BackboneSpec, flag: str) -> tuple[State, WeightReport]:
     files = {}
     if file != Path():
         downloads.check_sha256(file, downloads.hub_checksum(file), url, flag)
-        files = {file.name: downloads.hub_checksum(file) or downloads.sha256(file)}
+        files = {file.name: downloads.hub_checksum(file) or sha256(file)}
     report = WeightReport(url, "timm", files, tuple(sorted(state)), differing=0, compared="the published weights")
     return state, report
 
@@ -311,7 +312,7 @@ def read_weights(
         positions = stated if stated in get_args(PositionEmbedding) else None
         reading = replace(reading, assumptions=(*reading.assumptions, *unchecked), positions=positions)
     _refuse_unused(asked, context.used | {"concat"}, flag)
-    checksums = {path.name: downloads.sha256(path) for path in files}
+    checksums = {path.name: sha256(path) for path in files}
     return _checked(reading, context.expected, spec, str(file), checksums, flag)
 
 

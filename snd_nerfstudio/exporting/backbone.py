@@ -1,7 +1,6 @@
 """A trained backbone in the layouts of other libraries, each read again and compared before it is called written."""
 
 import dataclasses
-import hashlib
 import json
 import os
 import shutil
@@ -15,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 
 from snd_nerfstudio.backbones.vit import TokenBackbone
+from snd_nerfstudio.checksums import sha256
 from snd_nerfstudio.errors import InputError
 from snd_nerfstudio.exporting.card import model_card
 from snd_nerfstudio.exporting.formats import FORMATS, Format, FormatName
@@ -165,15 +165,6 @@ def _forget_compiled(folder: Path) -> None:
     """Loading a folder's code leaves compiled copies in it."""
     for compiled in folder.rglob("__pycache__"):
         shutil.rmtree(compiled, ignore_errors=True)
-
-
-def sha256(file: Path) -> str:
-    """Checksum of a file, read in pieces."""
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while piece := stream.read(1 << 22):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def plain_values(config: Any) -> Any:

@@ -339,7 +339,7 @@ def _traced(backbone: TokenBackbone) -> tuple[Any, tuple[Tensor], dict[str, Any]
     if vit.pos_embed is None:
         vit.rope = _OpenRotary(vit.rope)
     else:
-        resample_with(vit, "hub" if backbone.positions == "hub" else "timm")
+        resample_with(vit, "hub" if backbone.positions == "hub" else "timm", traceable=True)
     patch = backbone.spec.patch
     example = (torch.rand(2, 3, 10 * patch, 13 * patch),)
     most = {"min": 2, "max": 512}

@@ -1,6 +1,5 @@
 """Gaussians as PLY files in the layout of 3D Gaussian splatting, and the features that they carry beside them."""
 
-import hashlib
 import json
 import math
 import os
@@ -20,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from snd_nerfstudio.checksums import sha256
 from snd_nerfstudio.errors import InputError
 from snd_nerfstudio.scenes.views import Views, ViewTriplet
 from snd_nerfstudio.splatting.gaussians import Gaussians, rotation_matrices, unit_quaternions
@@ -333,11 +333,11 @@ def export_gaussians(
                 features, colours = lifted_features(carried, context, kept)
                 _write_checked(replace(chosen, harmonics=constant_harmonics(colours)), partial / PCA_COLOURS)
                 pixels = context_pixels(context, kept)
-                _write_features(features, pixels, carried.basis, partial / FEATURES, _sha256(partial / COLOURS))
+                _write_features(features, pixels, carried.basis, partial / FEATURES, sha256(partial / COLOURS))
                 shutil.copymode(partial / COLOURS, partial / FEATURES)  # safetensors lets only the owner read it
                 described["channels"], described["dtype"] = features.shape[1], str(features.dtype)[len("torch.") :]
                 described["supervision"] = asdict(carried.settings)
-            described["files"] = {file.name: _sha256(file) for file in sorted(partial.iterdir())}
+            described["files"] = {file.name: sha256(file) for file in sorted(partial.iterdir())}
             described["versions"] = {name: version(name) for name in ("snd-nerfstudio", "torch", "safetensors")}
             (partial / ABOUT).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
             _publish(partial, folder)
@@ -381,14 +381,6 @@ def _write_features(
     reread = load_file(file)
     if reread.keys() != tensors.keys() or not all(torch.equal(reread[name], tensors[name]) for name in tensors):
         raise RuntimeError(f"{file.name} does not hold what was written")
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _publish(partial: Path, folder: Path) -> None:

@@ -2,14 +2,14 @@ import dataclasses
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from snd_nerfstudio.backbones.plain import PlainVisionTransformer
 from snd_nerfstudio.backbones.positions import (
     ResampledVisionTransformer,
     cubic_kernel,
+    interpolate_positions,
     interpolation_matrix,
-    resample_positions,
+    multiply_positions,
     resample_with,
 )
 from snd_nerfstudio.backbones.registry import BACKBONES
@@ -44,23 +44,17 @@ def plain_twin(vit):
     return plain
 
 
-@pytest.mark.parametrize("new", [(16, 16), (37, 50), (9, 7), (3, 90)])
+@pytest.mark.parametrize("how", ["hub", "timm"])
+@pytest.mark.parametrize("new", [(16, 16), (37, 50), (37, 37), (9, 7), (3, 90)])
 @pytest.mark.parametrize("old", [16, 37])
-def test_resampling_is_torchs_interpolation(old, new):
+def test_matrix_products_are_torchs_interpolation(old, new, how):
     positions = torch.randn(1, 1 + old * old, 5, generator=torch.Generator().manual_seed(0))
-    grid = positions[:, 1:].reshape(1, old, old, 5).permute(0, 3, 1, 2)
-    antialiased = F.interpolate(grid, size=new, mode="bicubic", antialias=True)
-    # the function wants scales, and gives the floor of what they make of the size
-    scales = tuple((side + 0.1) / old for side in new)
-    offset = F.interpolate(grid, scale_factor=scales, mode="bicubic")
-    for how, expected in (("timm", antialiased), ("hub", offset)):
-        resampled = resample_positions(positions, 1, (old, old), new, how)
-        assert torch.equal(resampled[:, 0], positions[:, 0])
-        if new == (old, old):
-            assert torch.equal(resampled, positions)
-        else:
-            found = resampled[:, 1:].reshape(1, *new, 5).permute(0, 3, 1, 2)
-            torch.testing.assert_close(found, expected, rtol=0, atol=5e-5)  # torch computes coordinates in float32
+    expected = interpolate_positions(positions, 1, (old, old), new, how)
+    found = multiply_positions(positions, 1, (old, old), new, how)
+    assert expected.shape == (1, 1 + new[0] * new[1], 5) and torch.equal(expected[:, 0], positions[:, 0])
+    if new == (old, old):
+        assert torch.equal(expected, positions) and torch.equal(found, positions)
+    torch.testing.assert_close(found, expected, rtol=0, atol=5e-5)  # torch computes coordinates in float32
 
 
 def test_weights_are_those_of_keys_kernel():
@@ -100,10 +94,11 @@ def test_models_with_registers_agree_at_every_size(size):
     torch.testing.assert_close(found.class_token, expected["x_norm_clstoken"], rtol=0, atol=tolerance)
 
 
+@pytest.mark.parametrize("traceable", [False, True])
 @pytest.mark.parametrize("spec", [TINY_518, REGISTERS_518])
-def test_our_timm_positions_are_timms_own(spec):
+def test_our_timm_positions_are_timms_own(spec, traceable):
     own, ours = TokenBackbone(spec, random_vit(spec), "timm"), random_vit(spec)
-    resample_with(ours, "timm")
+    resample_with(ours, "timm", traceable)
     assert type(ours) is ResampledVisionTransformer and ours.state_dict().keys() == own.vit.state_dict().keys()
     images = torch.rand(1, 3, 336, 504)
     with torch.no_grad():
@@ -113,9 +108,9 @@ def test_our_timm_positions_are_timms_own(spec):
 
 def test_autocast_does_not_round_the_positions():
     positions = torch.randn(1, 1 + 16 * 16, 8)
-    exact = resample_positions(positions, 1, (16, 16), (9, 12), "hub")
+    exact = interpolate_positions(positions, 1, (16, 16), (9, 12), "hub")
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(resample_positions(positions, 1, (16, 16), (9, 12), "hub"), exact)
+        assert torch.equal(interpolate_positions(positions, 1, (16, 16), (9, 12), "hub"), exact)
 
 
 def test_positions_that_do_not_fit_the_model_are_refused():

@@ -30,6 +30,7 @@ from snd_nerfstudio.backbones.weights import (
     parse_request,
     read_weights,
 )
+from snd_nerfstudio.checksums import sha256
 from snd_nerfstudio.errors import InputError
 from tests.backbones.models import (
     SPECS,
@@ -478,7 +479,7 @@ def hugging_face_cache(tmp_path, monkeypatch, state):
     def put(repository: str, name: str, content: dict[str, Any]) -> Path:
         folder = tmp_path / "cache" / f"models--{repository.replace('/', '--')}"
         file = Path(stored(content, folder / "blobs" / name))
-        blob = file.rename(file.with_name(downloads.sha256(file)))
+        blob = file.rename(file.with_name(sha256(file)))
         for parent in ("refs", "snapshots/abc"):
             (folder / parent).mkdir(parents=True, exist_ok=True)
         (folder / "refs" / "main").write_text("abc")
@@ -699,7 +700,7 @@ def test_what_hugging_faces_cache_holds_must_have_its_checksum(hugging_face_cach
     blob = hugging_face_cache("david-shavin/SnD", "dinov2_small_snd.pth", state)
     source = downloads.known_weights(KNOWN_SPEC)["snd"]
     file = downloads.fetch(source, FLAG)
-    assert downloads.hub_checksum(file) == downloads.sha256(file)
+    assert downloads.hub_checksum(file) == sha256(file)
     blob.write_bytes(blob.read_bytes() + b"!")
     with pytest.raises(InputError, match="is not what .* should be: its SHA-256"):
         downloads.fetch(source, FLAG)
