@@ -18,4 +18,5 @@ image = torch.from_numpy(np.asarray(photo) / np.float32(255)).permute(2, 0, 1)[N
 mean, std = (torch.tensor(about[key]).view(3, 1, 1) for key in ("mean", "std"))
 with torch.no_grad():
     tokens = backbone.forward_features((image - mean) / std)["x_norm_patchtokens"]
-print(tokens.reshape(photo.height // patch, photo.width // patch, -1).shape, float(tokens.norm()))
+tokens = tokens.reshape(photo.height // patch, photo.width // patch, -1)
+print(tuple(tokens.shape), tokens[0, 0, :3].tolist())

@@ -15,4 +15,4 @@ photo = Image.open(file).convert("RGB")
 photo = photo.resize([side // patch * patch for side in photo.size], Image.Resampling.BILINEAR)
 image = (np.asarray(photo) / np.float32(255)).transpose(2, 0, 1)[None]  # the model subtracts the mean itself
 tokens = session.run(["tokens"], {"images": image})[0][0]
-print(tokens.shape, float(np.linalg.norm(tokens)))
+print(tokens.shape, tokens[0, 0, :3].tolist())

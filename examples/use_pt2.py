@@ -16,4 +16,4 @@ photo = photo.resize([side // patch * patch for side in photo.size], Image.Resam
 image = torch.from_numpy(np.asarray(photo) / np.float32(255)).permute(2, 0, 1)[None]
 with torch.no_grad():
     tokens = backbone(image)[0][0]  # the graph subtracts the mean itself
-print(tokens.shape, float(tokens.norm()))
+print(tuple(tokens.shape), tokens[0, 0, :3].tolist())

@@ -17,4 +17,5 @@ photo = photo.resize([side // patch * patch for side in photo.size], Image.Resam
 with torch.no_grad():
     tokens = model(**processor(photo, return_tensors="pt")).last_hidden_state
 tokens = tokens[:, 1 + getattr(model.config, "num_register_tokens", 0) :]
-print(tokens.reshape(photo.height // patch, photo.width // patch, -1).shape, float(tokens.norm()))
+tokens = tokens.reshape(photo.height // patch, photo.width // patch, -1)
+print(tuple(tokens.shape), tokens[0, 0, :3].tolist())

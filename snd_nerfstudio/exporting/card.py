@@ -1,5 +1,6 @@
 """The model card of an exported backbone: what it is, how it was made, how it is used."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -49,7 +50,7 @@ model = AutoModel.from_pretrained("./", trust_remote_code={carries}).eval()
 mean, std = torch.tensor({mean}).view(3, 1, 1), torch.tensor({std}).view(3, 1, 1)
 image = torch.rand(1, 3, {height}, {width})  # colours in [0, 1]; sides are multiples of {patch}
 with torch.no_grad():
-    tokens = model((image - mean) / std).last_hidden_state[:, {prefix} :]
+    tokens = model((image - mean) / std).last_hidden_state[:, {prefix}:]
 print(tokens.shape)  # [1, {count}, {channels}], row by row
 """,
     "onnx": """\
@@ -110,7 +111,7 @@ def model_card(manifest: Mapping[str, Any]) -> str:
         front["license"] = "apache-2.0"
     else:
         front["license"] = "other"
-        front["license_name"] = licence.lower().replace(" ", "-")
+        front["license_name"] = re.sub(r"[^a-z0-9]+", "-", licence.lower()).strip("-")
         if licence.startswith("DINOv3"):
             front["license_link"] = DINOV3_LICENCE
     if manifest["base_source"].startswith("https://huggingface.co/"):
