@@ -92,7 +92,7 @@ class SnDModelConfig(ModelConfig):
     file, an exported folder or a run's config.yml."""
     position_embedding: Optional[PositionEmbedding] = None
     """How the position embedding follows the image size: as in DINOv2's own code (`hub`) or antialiased (`timm`).
-    None: as the backbone's authors do."""
+    None: as in the run or export that the weights are from; of other weights as their authors do."""
     trains: Trains = "lora"
     """What of the backbone is trained: low-rank adapters alone; its last blocks and the final norm; or all of it."""
     last_blocks: int = 4
@@ -153,6 +153,15 @@ class TargetTokens:
     """Share of context pixels none of whose four tokens shares their instance."""
 
 
+def described_base(backbone: TokenBackbone) -> Dict[str, Tensor]:
+    """All that a checkpoint must find again of a backbone: weights, and how its position embedding is resized."""
+    state = backbone.vit.state_dict()
+    # runs of before there was a choice have `timm`'s, and no word about it in their fingerprint
+    if backbone.positions != "timm":
+        state[f"positions {backbone.positions}"] = torch.zeros(0)
+    return state
+
+
 Geometry = Union[Gaussians, TokenOperator]
 """What the teacher's path needs besides tokens: Gaussians of the contexts, or what was already made of them."""
 
@@ -164,7 +173,7 @@ class SnDModel(Model):
     """
 
     config: SnDModelConfig
-    adapted_layers: list[str]
+    trained_layers: list[str]
     """Layers of the transformer whose weights are trained, directly or by adapters; alike ones put together."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -179,11 +188,11 @@ class SnDModel(Model):
         backbone = build_trainable(config.backbone, config.weights, seed, config.position_embedding)
         if backbone.weight_report is not None:
             CONSOLE.log(backbone.weight_report.summary())
-        base = fingerprint(backbone.vit.state_dict())
+        base = fingerprint(described_base(backbone))
         layers = choose_trained(
             backbone, config.trains, config.lora, bool(config.lora_patch_embed), config.last_blocks, seed + 1
         )
-        self.adapted_layers = compact(layers)
+        self.trained_layers = compact(layers)
         self._original = OriginalValues(backbone)
         head = None
         if config.loss == "dino":
@@ -207,7 +216,7 @@ class SnDModel(Model):
         adapters = f"adapters of rank {config.lora.rank} in {len(layers)} layers: "
         CONSOLE.log(
             f"{config.backbone}: {adapters if config.trains == 'lora' else 'training '}"
-            f"{', '.join(self.adapted_layers)}; {trained:,} trained parameters, "
+            f"{', '.join(self.trained_layers)}; {trained:,} trained parameters, "
             f"{sum(p.numel() for p in self.student.parameters()) - trained:,} frozen."
         )
 
@@ -416,7 +425,8 @@ class SnDModel(Model):
         if not torch.equal(state["base_fingerprint"].cpu(), self.base_fingerprint.cpu()):  # type: ignore
             raise InputError(
                 f"{source} was trained on another base than --pipeline.model.weights {self.config.weights} gives now "
-                f"(backbone {self.config.backbone}): what was trained only fits the base that it was trained on."
+                f"(backbone {self.config.backbone}), or with another --pipeline.model.position-embedding than "
+                f"{self.student.backbone.positions}: what was trained only fits the base that it was trained on."
             )
         self.load_state_dict(dict(state), strict=False)
         self.display.changed()

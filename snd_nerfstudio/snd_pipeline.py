@@ -61,6 +61,8 @@ def resolved(config: SnDPipelineConfig) -> SnDPipelineConfig:
         InputError: there is no such profile.
     """
     model = resolve(config.model, config.profile)
+    if "position_embedding" not in vars(config.model):  # the config.yml of a run from before there was a choice
+        model.position_embedding = "timm"
     return replace(
         config,
         datamanager=resolve(config.datamanager, config.profile),

@@ -93,12 +93,23 @@ class SnDTrainerConfig(TrainerConfig):
         Raises:
             InputError: the folder cannot be written.
         """
+        self._fix_paths()
         try:
             super().save_config()
         except OSError as error:
             raise InputError(
                 f"--output-dir {self.output_dir} cannot be written ({error.strerror}): choose another."
             ) from error
+
+    def _fix_paths(self) -> None:
+        """A base on disk is found again from any folder."""
+        model = getattr(self.pipeline, "model", None)
+        weights = getattr(model, "weights", None)
+        if isinstance(weights, str):
+            what, separator, options = weights.partition("::")
+            file = Path(what).expanduser()
+            if file.exists() and (file.is_file() or len(file.parts) > 1):
+                model.weights = f"{file.resolve()}{separator}{options}"  # type: ignore
 
 
 class SnDTrainer(Trainer):
@@ -152,6 +163,13 @@ class SnDTrainer(Trainer):
             raise InputError(f"--load-dir {folder}: no step-*.ckpt there; it is <run folder>/nerfstudio_models.")
         try:
             super()._load_checkpoint()
+        except KeyError as error:
+            if error.args != ("adapters",):
+                raise
+            raise InputError(
+                f"The checkpoint of {folder or self.config.load_checkpoint} is of an earlier version of this plugin, "
+                "whose runs can be evaluated, looked at and exported, but not resumed."
+            ) from error
         except (RuntimeError, EOFError, KeyError, AssertionError, pickle.UnpicklingError) as error:
             where = folder if folder is not None else self.config.load_checkpoint
             raise InputError(

@@ -86,7 +86,7 @@ def test_what_is_to_be_trained_and_the_head_get_a_gradient_and_nothing_else(tiny
 )
 def test_which_layers_are_trained_is_said_and_kept(tiny_config, capsys, trains, layers, said):
     model = training_of(tiny_config, trains).model
-    assert model.adapted_layers == layers
+    assert model.trained_layers == layers
     printed = " ".join(re.sub(r"\bsnd_\w+\.py:\d+", "", capsys.readouterr().out).split())
     trained = sum(p.numel() for _, p in named_trained(model))
     frozen = sum(p.numel() for p in model.student.parameters()) - trained
@@ -441,6 +441,19 @@ def test_a_checkpoint_that_does_not_fit_is_refused(pipeline, damage, message):
     damage(state)
     with pytest.raises(InputError, match=message):
         pipeline.load_pipeline(state, step=0)
+
+
+def test_other_positions_mean_another_base_and_runs_from_before_the_choice_have_timms(tiny_config):
+    hub = tiny_config.pipeline.setup(device="cpu")
+    assert hub.model.student.backbone.positions == "hub"
+    tiny_config.pipeline.model.position_embedding = "timm"
+    timm = tiny_config.pipeline.setup(device="cpu")
+    with pytest.raises(InputError, match="another --pipeline.model.position-embedding than timm"):
+        timm.load_pipeline(hub.state_dict(), step=0)
+    del vars(tiny_config.pipeline.model)["position_embedding"]  # as a config.yml of before unpickles
+    old = tiny_config.pipeline.setup(device="cpu")
+    old.load_pipeline(timm.state_dict(), step=0)
+    assert old.model.student.backbone.positions == "timm"
 
 
 def test_another_seed_means_another_random_base(tiny_config):

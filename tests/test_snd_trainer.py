@@ -59,6 +59,24 @@ def test_a_run_is_not_resumed_with_something_else_to_train(tiny_config, finished
         resume(tiny_config, finished)
 
 
+def test_a_checkpoint_whose_optimiser_has_other_groups_is_of_an_earlier_version(tiny_config, finished):
+    file = max(finished.checkpoint_dir.glob("*.ckpt"))
+    state = torch.load(file, weights_only=True)
+    state["optimizers"]["adapters"] = state["optimizers"].pop("backbone")
+    torch.save(state, file)
+    with pytest.raises(InputError, match="of an earlier version .* but not resumed"):
+        resume(tiny_config, finished)
+
+
+def test_a_base_on_disk_is_written_down_with_its_whole_path(tiny_config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "w.safetensors").write_bytes(b"")
+    for given, kept in (("w.safetensors::student", f"{tmp_path}/w.safetensors::student"), ("random", "random")):
+        tiny_config.pipeline.model.weights = given
+        tiny_config.save_config()
+        assert tiny_config.pipeline.model.weights == kept
+
+
 def test_schedules_get_the_length_of_the_training_unless_they_have_one(tiny_config, finished):
     assert tiny_config.optimizers["head"]["scheduler"].steps is None  # the given config is not changed
     rates = [finished.optimizers.schedulers[group].get_last_lr()[0] for group in ("backbone", "head")]

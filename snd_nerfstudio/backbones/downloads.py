@@ -9,7 +9,7 @@ from urllib.parse import urlparse
 
 import torch
 
-from snd_nerfstudio.backbones.registry import BackboneSpec
+from snd_nerfstudio.backbones.registry import BackboneSpec, PositionEmbedding
 from snd_nerfstudio.checksums import sha256
 from snd_nerfstudio.errors import InputError
 
@@ -34,6 +34,8 @@ class Source:
     """Its tokens are to be used beside those of the original."""
     needs_base: bool = False
     """It is adapters alone, to be merged into the published weights."""
+    positions: Optional[PositionEmbedding] = None
+    """How the position embedding was resized when they were trained, where that is not the backbone's own way."""
     differs: bool = True
     """False for the published base itself."""
 
@@ -54,8 +56,9 @@ def known_weights(spec: BackboneSpec) -> dict[str, Source]:
     if (size, registers) in (("small", False), ("base", False), ("small", True)):
         url = f"{FIT3D}/resolve/main/dinov2_{'reg_' if registers else ''}{size}_finetuned.pth"
         licence = "MIT, trained on ScanNet++ (see its terms of use)"
-        known["fit3d"] = Source(url, licence)
-        known["fit3d-concat"] = Source(url, licence, concatenated=True)
+        # FiT3D builds its models by timm with dynamic_img_size
+        known["fit3d"] = Source(url, licence, positions="timm")
+        known["fit3d-concat"] = Source(url, licence, concatenated=True, positions="timm")
     if not registers:
         known["mef"] = Source(f"{MEF}/resolve/main/dinov2_{size}.ckpt", "MIT", needs_base=True)
     return known

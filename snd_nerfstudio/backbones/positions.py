@@ -4,7 +4,7 @@
 small matrix products, which survive ``torch.export`` and ONNX with image sizes left open.
 """
 
-from typing import Literal, Union
+from typing import Literal, Optional, Union
 
 import torch
 import torch.nn.functional as F
@@ -130,6 +130,19 @@ class ResampledVisionTransformer(VisionTransformer):
         return self.pos_drop(torch.cat([*first, tokens], dim=1) + positions)
 
 
+def why_not_resampled(vit: nn.Module, interpolation: Interpolation) -> Optional[str]:
+    """Why a model's position embedding cannot be resampled like this; None: it can."""
+    if not isinstance(vit, VisionTransformer) or type(vit) not in (VisionTransformer, ResampledVisionTransformer):
+        return f"{type(vit).__name__} is not timm's plain VisionTransformer"
+    if vit.pos_embed is None:
+        return "the model has no position embedding"
+    if not vit.dynamic_img_size:
+        return "the model was built for one image size"
+    if interpolation == "hub" and (vit.num_prefix_tokens != 1 or vit.cls_token is None or vit.no_embed_class):
+        return "DINOv2's own code does it for models with a class token and no registers"
+    return None
+
+
 def resample_with(vit: nn.Module, interpolation: Interpolation, traceable: bool = False) -> None:
     """Let a timm model resample its position embedding like this, in place.
 
@@ -139,14 +152,10 @@ def resample_with(vit: nn.Module, interpolation: Interpolation, traceable: bool 
         traceable: by matrix products, for a graph of all image sizes.
 
     Raises:
-        TypeError: it is not timm's plain ``VisionTransformer`` with an absolute position embedding and a free image
-            size.
+        TypeError: it cannot be done, see `why_not_resampled`.
     """
-    plain = isinstance(vit, VisionTransformer) and type(vit) in (VisionTransformer, ResampledVisionTransformer)
-    if not plain or vit.pos_embed is None:
-        raise TypeError(f"{type(vit).__name__} has no position embedding that could be resampled")
-    if not vit.dynamic_img_size:
-        raise TypeError("the model was built for one image size")
+    if (problem := why_not_resampled(vit, interpolation)) is not None:
+        raise TypeError(problem)
     vit.__class__ = ResampledVisionTransformer
     vit.interpolation = interpolation  # type: ignore
     vit.traceable = traceable  # type: ignore

@@ -60,6 +60,7 @@ def spec_of_timm_model(name: str, flag: str) -> Optional[BackboneSpec]:
     for spec in BACKBONES.values():
         if spec.source and name in (spec.timm_name, spec.architecture):
             return spec
+    from timm.layers import PatchEmbed
     from timm.models.eva import Eva
     from timm.models.vision_transformer import VisionTransformer
 
@@ -67,10 +68,12 @@ def spec_of_timm_model(name: str, flag: str) -> Optional[BackboneSpec]:
     try:
         with torch.device("meta"):
             vit: Any = timm.create_model(name, pretrained=False, num_classes=0, dynamic_img_size=True)
-    except TypeError as error:  # other architectures do not take dynamic_img_size
+    except (TypeError, RuntimeError) as error:  # other architectures do not take dynamic_img_size; an unknown tag
         raise InputError(f"{problem} ({error}).") from error
     if not isinstance(vit, (VisionTransformer, Eva)):
         raise InputError(f"{problem} (timm builds a {type(vit).__name__}).")
+    if type(vit.patch_embed) is not PatchEmbed:
+        raise InputError(f"{problem} (its tokens are those of a {type(vit.patch_embed).__name__}, not of patches).")
     height, width = vit.patch_embed.patch_size
     if height != width:
         raise InputError(f"{problem} (its patches have {height}x{width} pixels and are not square).")
@@ -87,6 +90,8 @@ def spec_of_timm_model(name: str, flag: str) -> Optional[BackboneSpec]:
         mean=tuple(about["mean"]),
         std=tuple(about["std"]),
     )
+    if known.licence == "dinov3-license":
+        known = replace(known, licence="DINOv3 License")
     if "dinov3" in name:
-        return replace(known, family="dinov3", licence="DINOv3 License")
+        return replace(known, family="dinov3")
     return replace(known, family="dinov2") if "dinov2" in name else known

@@ -134,14 +134,15 @@ class TokenBackbone(nn.Module):
         """
         if not -self.blocks <= block < self.blocks:
             raise ValueError(f"block {block} was asked for, {self.spec.architecture} has {self.blocks}")
-        patches, prefix = self.vit.forward_intermediates(  # type: ignore
+        has_class = getattr(self.vit, "cls_token", None) is not None
+        found = self.vit.forward_intermediates(  # type: ignore
             self.prepared(images),
             indices=[block % self.blocks],
-            return_prefix_tokens=True,
+            return_prefix_tokens=has_class,
             norm=norm,
             output_fmt="NCHW",
             intermediates_only=True,
             stop_early=True,
         )[0]
-        has_class = getattr(self.vit, "cls_token", None) is not None
-        return Tokens(rearrange(patches, "b c h w -> b h w c"), prefix[:, 0] if has_class else None)
+        patches, prefix = found if has_class else (found, None)
+        return Tokens(rearrange(patches, "b c h w -> b h w c"), None if prefix is None else prefix[:, 0])

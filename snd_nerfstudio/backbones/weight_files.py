@@ -71,7 +71,11 @@ def read_content(path: Path, flag: str) -> tuple[dict[str, Any], list[Path], dic
         files, about = _in_folder(path, flag)
     elif path.is_file():
         files, manifest = [path], path.parent / MANIFEST
-        if manifest.is_file() and stated_sha256(described := _read_json(manifest, flag), path.name):
+        try:
+            described = _read_json(manifest, flag) if manifest.is_file() else {}
+        except InputError:  # something else of that name
+            described = {}
+        if stated_sha256(described, path.name):
             about["manifest"] = described
         if path.name in ADAPTERS and (path.parent / ADAPTER_CONFIG).is_file():
             about["adapter_config"] = _read_json(path.parent / ADAPTER_CONFIG, flag)
@@ -86,8 +90,12 @@ def read_content(path: Path, flag: str) -> tuple[dict[str, Any], list[Path], dic
 def _in_folder(folder: Path, flag: str) -> tuple[list[Path], dict[str, Any]]:
     if not (folder / MANIFEST).is_file() and (folder / "timm" / MANIFEST).is_file():
         folder = folder / "timm"  # of an export in several layouts
+    elif (folder / MANIFEST).is_file() and (folder / "timm" / MANIFEST).is_file():
+        raise InputError(f"{flag} {folder} holds two exports, one in it and one in its folder timm: name a file.")
     if (folder / MANIFEST).is_file():
         manifest = _read_json(folder / MANIFEST, flag)
+        if manifest.get("format") in ("onnx", "pt2"):
+            raise InputError(f"{flag} {folder} is a graph, not weights: give the folder of the format timm or hub.")
         named = (name for name in (manifest.get("file"), manifest.get("hub_weights")) if isinstance(name, str))
         found = [folder / Path(name).name for name in (*named, *WHOLE_MODELS)]
         found = [file for file in found if file.is_file()] or found

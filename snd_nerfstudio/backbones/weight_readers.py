@@ -53,6 +53,8 @@ class Reading:
     base_name: str = ""
     positions: Optional[PositionEmbedding] = None
     """How the position embedding was resized in training, where a run or an export says it."""
+    licence: str = ""
+    """Of the weights, where a run or an export says it."""
 
 
 def detect_layout(state: Mapping[str, Any]) -> Layout:

@@ -58,6 +58,8 @@ class WeightReport:
     """With what, or why with nothing."""
     assumptions: tuple[str, ...] = ()
     """What was taken for granted because nothing in the files says it."""
+    licence: str = "not known"
+    """Of the weights, as far as their publishers, or the export or run they are from, say."""
 
     @property
     def complete(self) -> bool:
@@ -93,6 +95,7 @@ class WeightReport:
         return {
             "source": self.source,
             "layout": self.layout,
+            "licence": self.licence,
             "files": dict(self.files),
             "matched": len(self.matched),
             "missing": list(self.missing),
@@ -228,10 +231,10 @@ def _known(
     except InputError as error:
         remedy = f"{error} The file came from {source.url}; if it is damaged, delete it to fetch it again."
         raise WeightError(remedy, error.report) if isinstance(error, WeightError) else InputError(remedy) from error
-    report = replace(loaded.report, source=source.url)
+    report = replace(loaded.report, source=source.url, licence=source.licence)
     if source.differs and report.differing == 0:
         raise WeightError(f"{flag} {request.what}: {source.url} is the published base itself, unchanged.", report)
-    return replace(loaded, report=report)
+    return replace(loaded, report=report, positions=source.positions)
 
 
 def _published(spec: BackboneSpec, flag: str) -> tuple[State, WeightReport]:
@@ -253,7 +256,15 @@ def _published(spec: BackboneSpec, flag: str) -> tuple[State, WeightReport]:
     if file != Path():
         downloads.check_sha256(file, downloads.hub_checksum(file), url, flag)
         files = {file.name: downloads.hub_checksum(file) or sha256(file)}
-    report = WeightReport(url, "timm", files, tuple(sorted(state)), differing=0, compared="the published weights")
+    report = WeightReport(
+        url,
+        "timm",
+        files,
+        tuple(sorted(state)),
+        differing=0,
+        compared="the published weights",
+        licence=spec.licence,
+    )
     return state, report
 
 
@@ -299,7 +310,7 @@ def read_weights(
     context = Context(vit.state_dict(), beneath, asked.which, asked.alpha)
     run = file / "config.yml" if file.is_dir() and (file / "config.yml").is_file() else file
     if run.name == "config.yml":
-        reading, files = _read_run(run, spec, context, flag), [_newest_checkpoint(run)]
+        reading, files = _read_run(run, spec, context, flag)
     else:
         content, files, about = read_content(file, flag)
         unchecked = _check_manifest(about.get("manifest"), spec, files[0], flag)
@@ -310,33 +321,42 @@ def read_weights(
             raise InputError(f"{flag} {file} cannot be used: {error}.") from error
         stated = about.get("manifest", {}).get("position_embedding")
         positions = stated if stated in get_args(PositionEmbedding) else None
-        reading = replace(reading, assumptions=(*reading.assumptions, *unchecked), positions=positions)
+        assumptions = (*reading.assumptions, *unchecked)
+        licence = str(about.get("manifest", {}).get("base_licence", ""))
+        reading = replace(reading, assumptions=assumptions, positions=positions, licence=licence)
     _refuse_unused(asked, context.used | {"concat"}, flag)
     checksums = {path.name: sha256(path) for path in files}
     return _checked(reading, context.expected, spec, str(file), checksums, flag)
 
 
-def _newest_checkpoint(config: Path) -> Path:
-    found = sorted(config.parent.glob("*/step-*.ckpt"), key=lambda path: path.name)
-    return found[-1] if found else config
-
-
-def _read_run(config: Path, spec: BackboneSpec, context: Context, flag: str) -> Reading:
-    """One of our own runs: teacher or student of its newest checkpoint, adapters merged."""
+def _read_run(config: Path, spec: BackboneSpec, context: Context, flag: str) -> tuple[Reading, list[Path]]:
+    """One of our own runs: teacher or student of its newest checkpoint, adapters merged; and that checkpoint's file."""
     from snd_nerfstudio.backbones.build import build_trainable
     from snd_nerfstudio.snd_pipeline import load_trained_model
 
     try:
-        about, model, _ = load_trained_model(config)
+        about, model, step = load_trained_model(config)
     except InputError as error:
         raise InputError(f"{flag} {config} cannot be used as weights: {error}") from error
     trained = about.pipeline.model
     _check_same_backbone(trained.backbone, spec, f"The run {config}", flag)
     context.used.add("which")
-    before = build_trainable(trained.backbone, trained.weights, about.pipeline.seed).vit.state_dict()
+    before = build_trainable(trained.backbone, trained.weights, about.pipeline.seed)
     state = model.merged_backbone(context.which).vit.state_dict()
-    name = f"what the run started from ({trained.weights})"
-    return Reading("run", state, base=before, base_name=name, positions=model.student.backbone.positions)
+    reading = Reading(
+        "run",
+        state,
+        base=before.vit.state_dict(),
+        base_name=f"what the run started from ({trained.weights})",
+        positions=model.student.backbone.positions,
+        licence=licence_of(before.weight_report),
+    )
+    return reading, [config.parent / about.relative_model_dir / f"step-{step:09d}.ckpt"]
+
+
+def licence_of(report: Optional[WeightReport]) -> str:
+    """Licence of weights with this report; None are random ones."""
+    return "none (random weights)" if report is None else report.licence
 
 
 def _check_same_backbone(name: str, spec: BackboneSpec, whose: str, flag: str) -> None:
@@ -391,6 +411,7 @@ def _checked(
         reshaped=tuple(wrong),
         set_aside=reading.set_aside,
         assumptions=assumptions,
+        licence=reading.licence or WeightReport.licence,
     )
     if not report.complete:
         hint = "Nothing of it was loaded. "
@@ -434,6 +455,8 @@ def _compare_with_published(state: State, spec: BackboneSpec) -> tuple[Optional[
         published = read_any(content, Context(state, dict))
     except (InputError, LayoutError):
         return None, "the published weights on this machine cannot be read"
+    if published.state.keys() != state.keys():
+        return None, "the published weights on this machine are in another layout"
     return count_differing(state, published.state), "the published weights"
 
 

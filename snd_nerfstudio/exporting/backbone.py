@@ -1,6 +1,8 @@
 """A trained backbone in the layouts of other libraries, each read again and compared before it is called written."""
 
+import copy
 import dataclasses
+import importlib
 import json
 import os
 import shutil
@@ -14,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 
 from snd_nerfstudio.backbones.vit import TokenBackbone
+from snd_nerfstudio.backbones.weights import licence_of
 from snd_nerfstudio.checksums import sha256
 from snd_nerfstudio.errors import InputError
 from snd_nerfstudio.exporting.card import model_card
@@ -57,6 +60,7 @@ def export_backbone(backbone: TokenBackbone, format_name: FormatName, folder: Pa
         InputError: the backbone cannot be written in this format, or the folder cannot be written.
         RuntimeError: what was written gives other tokens when it is loaded again; nothing is left behind.
     """
+    backbone = copy.deepcopy(backbone).cpu().eval()
     reasons = refused(backbone, [format_name])
     if reasons:
         raise InputError(f"--format {format_name}: {reasons[format_name]}.")
@@ -78,7 +82,8 @@ def export_backbone(backbone: TokenBackbone, format_name: FormatName, folder: Pa
             "checked_on": checks,
             "tolerance": TOLERANCE,
             "files": {file.name: sha256(file) for file in sorted(partial.iterdir())},
-            "versions": {name: version(name) for name in ("snd-nerfstudio", "torch", "timm", *layout.packages)},
+            "versions": {name: version(name) for name in ("snd-nerfstudio", "torch", "timm")}
+            | {name: importlib.import_module(name).__version__ for name in layout.packages},
         }
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
         (partial / CARD).write_text(model_card(manifest), encoding="utf-8")
@@ -88,10 +93,10 @@ def export_backbone(backbone: TokenBackbone, format_name: FormatName, folder: Pa
             os.replace(target, old)
         os.replace(partial, target)
     except (OSError, SafetensorError) as error:
-        if old.exists() and not target.exists():
-            os.replace(old, target)
         raise InputError(f"--output-dir {folder} cannot be written ({error}).") from error
     finally:
+        if old.exists() and not target.exists():  # interrupted between the two
+            os.replace(old, target)
         for leftover in (partial, old):
             shutil.rmtree(leftover, ignore_errors=True)
     return target / MANIFEST
@@ -115,9 +120,18 @@ def describe(backbone: TokenBackbone) -> dict[str, Any]:
         "prefix_tokens": spec.prefix_tokens,
         "mean": spec.mean,
         "std": spec.std,
-        "base_licence": spec.licence,
-        "base_source": spec.source,
+        "base_licence": licence_of(backbone.weight_report),
+        "base_source": backbone.weight_report.source if backbone.weight_report is not None else "",
+        "base_model": _hub_page(backbone),
     }
+
+
+def _hub_page(backbone: TokenBackbone) -> str:
+    """Repository on the Hugging Face hub of the published weights that it was built with; empty for others."""
+    page = f"{backbone.spec.source}/"
+    built_with = backbone.weight_report.source if backbone.weight_report is not None else ""
+    hub = "https://huggingface.co/"
+    return page.removeprefix(hub).strip("/") if page.startswith(hub) and built_with.startswith(page) else ""
 
 
 @torch.no_grad()

@@ -9,12 +9,15 @@ import yaml
 PAPER = "https://davidshavin4.github.io/Splat-and-Distill/"
 DINOV3_LICENCE = "https://ai.meta.com/resources/models-and-libraries/dinov3-license/"
 
+HUB_LICENCES = ("apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "cc-by-nc-4.0", "cc-by-sa-4.0", "cc-by-nc-sa-4.0")
+"""Those that the hub knows by these names."""
+
 SNIPPETS: Mapping[str, str] = {
     "timm": """\
 import timm
 import torch
 
-vit = timm.create_model("local-dir:.", pretrained=True).eval()  # or "hf-hub:user/name"
+vit = timm.create_model("local-dir:.", pretrained=True).eval()
 mean, std = (torch.tensor(vit.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
 image = torch.rand(1, 3, {height}, {width})  # colours in [0, 1]; sides are multiples of {patch}
 with torch.no_grad():
@@ -107,16 +110,16 @@ def model_card(manifest: Mapping[str, Any]) -> str:
         "pipeline_tag": "image-feature-extraction",
         "tags": ["splat-and-distill", "3d-aware-features", "vision-transformer"],
     }
-    if licence.lower().startswith("apache"):
-        front["license"] = "apache-2.0"
+    if licence.lower() in HUB_LICENCES:
+        front["license"] = licence.lower()
     else:
         front["license"] = "other"
         front["license_name"] = re.sub(r"[^a-z0-9]+", "-", licence.lower()).strip("-")
         if licence.startswith("DINOv3"):
             front["license_link"] = DINOV3_LICENCE
-    if manifest["base_source"].startswith("https://huggingface.co/"):
-        front["base_model"] = manifest["base_source"].removeprefix("https://huggingface.co/")
-    trained = ", ".join(manifest.get("adapted_layers") or ["nothing"])
+    if manifest["base_model"]:
+        front["base_model"] = manifest["base_model"]
+    trained = ", ".join(manifest.get("trained_layers") or ["nothing"])
     data = manifest.get("data")
     sizes = ", ".join(f"{check['height']}x{check['width']}" for check in manifest["checked_on"])
     worst = max(check["largest_difference"] for check in manifest["checked_on"])
@@ -153,7 +156,7 @@ def model_card(manifest: Mapping[str, Any]) -> str:
         "|---|---|",
         *(
             f"| {label} | {manifest[key]} |"
-            for label, key in (("Profile", "profile"), ("Method", "method"), ("Base weights", "base_weights"))
+            for label, key in (("Profile", "profile"), ("Method", "method"))
             if key in manifest
         ),
         *([f"| Data | {_sentence(data)} |"] if data else []),
@@ -168,8 +171,7 @@ def model_card(manifest: Mapping[str, Any]) -> str:
         "",
         "## Licence",
         "",
-        f"The base weights are under {licence} ({manifest['base_source'] or 'no published source'}). Terms of the "
-        "training data may apply to these weights too.",
+        f"Licence of the base weights: {licence}. Terms of the training data may apply to these weights too.",
         "",
     ]
     return f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n" + "\n".join(lines)

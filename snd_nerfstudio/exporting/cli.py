@@ -22,8 +22,8 @@ class ExportBackbone:
     """timm; torch.hub (plain PyTorch, DINOv2's keys); transformers; ONNX; torch.export; or all that fit."""
     push_to_hub: Optional[str] = None
     """Upload to this repository (user/name) of the Hugging Face hub afterwards; one format only."""
-    private: bool = True
-    """Whether a repository that is made for that is private."""
+    visibility: Literal["private", "public"] = "private"
+    """Of a repository that is made for that."""
 
     def main(self) -> None:
         """Export, check, and say where it is."""
@@ -47,7 +47,7 @@ class ExportBackbone:
             "which": self.which,
             "step": step,
             "trains": config.pipeline.model.trains,
-            "adapted_layers": model.adapted_layers,
+            "trained_layers": model.trained_layers,
             "data": self._data(),
             "training": plain_values(config),
         }
@@ -60,7 +60,7 @@ class ExportBackbone:
             manifest = export_backbone(backbone, name, self.output_dir, about)
             print(f"Wrote {manifest.parent} and checked it ({self.which}, step {step}).")
             if self.push_to_hub is not None:
-                print(f"Uploaded to {push(manifest.parent, self.push_to_hub, self.private)}")
+                print(f"Uploaded to {push(manifest.parent, self.push_to_hub, self.visibility == 'private')}")
 
     def _data(self) -> Any:
         """What the run was trained on, as it wrote it down when it started."""

@@ -158,6 +158,7 @@ def _write_hub(backbone: TokenBackbone, folder: Path) -> Mapping[str, Any]:
 def _read_hub(folder: Path, spec: BackboneSpec) -> Reader:
     sys.modules.pop("snd_vision_transformer", None)  # of another folder
     model: Any = torch.hub.load(str(folder), "backbone", source="local")
+    sys.modules.pop("snd_vision_transformer", None)
 
     def read(images: Float[Tensor, "b 3 H W"]) -> Tokens:
         features = model.forward_features(_normalised(spec, images))
@@ -170,6 +171,11 @@ def _read_hub(folder: Path, spec: BackboneSpec) -> Reader:
 
 
 def _refused_by_transformers(backbone: TokenBackbone) -> Optional[str]:
+    import transformers
+
+    config = "DINOv3ViTConfig" if backbone.spec.family == "dinov3" else "Dinov2WithRegistersConfig"
+    if not hasattr(transformers, config):
+        return f"transformers {transformers.__version__} is too old for it (there is no {config})"
     if backbone.spec.family == "other":
         return f"{backbone.spec.architecture} is neither DINOv2 nor DINOv3"
     return None
@@ -310,12 +316,13 @@ class _OpenRotary(nn.Module):
 
 
 def _refused_by_graphs(backbone: TokenBackbone) -> Optional[str]:
-    from timm.models.vision_transformer import VisionTransformer
+    from snd_nerfstudio.backbones.positions import why_not_resampled
 
     vit: Any = backbone.vit
-    if isinstance(vit, VisionTransformer) and vit.pos_embed is not None:
-        return None
     rope = getattr(vit, "rope", None)
+    if rope is None:
+        problem = why_not_resampled(vit, "hub" if backbone.positions == "hub" else "timm")
+        return None if problem is None else f"{backbone.spec.architecture} cannot be traced ({problem})"
     plain = (getattr(rope, "normalize_coords", ""), getattr(rope, "grid_offset", 1)) == ("separate", 0)
     if vit.pos_embed is None and type(rope).__name__ == "RotaryEmbeddingDinoV3" and plain:
         return None
@@ -326,6 +333,8 @@ def _refused_by_onnx(backbone: TokenBackbone) -> Optional[str]:
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
     if missing:
         return f'{", ".join(missing)} is not installed; run pip install "snd-nerfstudio[onnx]"'
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 6):
+        return f"torch {torch.__version__} cannot write it from a traced graph; 2.6 can"
     return _refused_by_graphs(backbone)
 
 

@@ -121,6 +121,8 @@ def test_positions_that_do_not_fit_the_model_are_refused():
         TokenBackbone(rotary, random_vit(TINY_518), "hub")
     with pytest.raises(InputError, match="hub cannot be used .*Use timm"):
         TokenBackbone(TINY_518, torch.nn.Linear(1, 1), "hub")
+    with pytest.raises(InputError, match="class token and no registers.*Use timm"):
+        TokenBackbone(REGISTERS_518, random_vit(REGISTERS_518), "hub")
     with pytest.raises(TypeError, match="one image size"):
         fixed = random_vit(TINY_518)
         fixed.dynamic_img_size = False

@@ -118,7 +118,15 @@ def test_a_timm_model_and_one_with_rotary_positions_give_tokens():
         torch.testing.assert_close(named.patches, tokens)
 
 
-@pytest.mark.parametrize("name", ["resnet50", "swin_tiny_patch4_window7_224"])
+def test_licences_are_those_that_timm_states():
+    assert find_backbone("vit_small_patch16_dinov3_qkvb.lvd1689m").licence == "DINOv3 License"
+    eupe = find_backbone("vit_small_patch16_dinov3_qkvb.eupe_lvd1689m")
+    assert eupe.family == "dinov3" and "noncommercial" in eupe.licence
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet50", "swin_tiny_patch4_window7_224", "vit_small_r26_s32_224", "vit_small_patch14_dinov2.nonsense"]
+)
 def test_other_models_of_timm_are_refused(name):
     with pytest.raises(InputError, match=f"{name} is no vision transformer"):
         find_backbone(name)

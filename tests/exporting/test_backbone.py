@@ -13,9 +13,10 @@ import pytest
 import torch
 import yaml
 
-from snd_nerfstudio.backbones.registry import BACKBONES
+from snd_nerfstudio.backbones.registry import BACKBONES, find_backbone
 from snd_nerfstudio.backbones.timm_models import create_vit
 from snd_nerfstudio.backbones.vit import TokenBackbone
+from snd_nerfstudio.backbones.weights import WeightReport
 from snd_nerfstudio.errors import InputError
 from snd_nerfstudio.exporting.backbone import CARD, MANIFEST, compare, export_backbone, plain_values, refused
 from snd_nerfstudio.exporting.card import usage
@@ -27,12 +28,14 @@ REGISTERS = dataclasses.replace(
     TINY, timm_name="vit_small_patch14_reg4_dinov2.lvd142m", positions="timm", prefix_tokens=5
 )
 DINOV3 = dataclasses.replace(BACKBONES["dinov3-small"], timm_arguments=SMALL)
+PLUS = dataclasses.replace(BACKBONES["dinov3-small-plus"], timm_arguments=SMALL)
 OTHER = dataclasses.replace(TINY, timm_name="vit_small_patch16_224", family="other", positions="timm", patch=16)
+TINY_PAGE = "https://huggingface.co/timm/x"
 ABOUT = {
     "step": 7,
     "which": "teacher",
     "profile": "fixed",
-    "adapted_layers": ["blocks.0-2.attn.qkv"],
+    "trained_layers": ["blocks.0-2.attn.qkv"],
     "data": {"frames": 9},
 }
 
@@ -41,9 +44,18 @@ def small(spec, positions=None):
     torch.manual_seed(0)
     backbone = TokenBackbone(spec, create_vit(spec), positions).eval()
     for name, parameter in backbone.vit.named_parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
+        if not name.endswith("gamma") and "gamma_" not in name:  # LayerScale stays 1
+            torch.nn.init.normal_(parameter, std=0.1)
     return backbone.requires_grad_(False)
 
+
+GATED = dataclasses.replace(
+    TINY,
+    timm_name="vit_giant_patch14_dinov2.lvd142m",
+    timm_arguments={**SMALL, "img_size": 518, "mlp_ratio": 2.66667 * 2},
+)
+SIGLIP = find_backbone("vit_base_patch16_siglip_224.webli")
+SIGLIP = dataclasses.replace(SIGLIP, timm_arguments={"embed_dim": 96, "depth": 2, "num_heads": 3})
 
 CASES = {
     **{f"dinov2 {name}": (TINY, None, name) for name in FORMATS},
@@ -53,7 +65,12 @@ CASES = {
     "dinov3 timm": (DINOV3, None, "timm"),
     "dinov3 transformers": (DINOV3, None, "transformers"),
     "dinov3 onnx": (DINOV3, None, "onnx"),
+    "dinov3 with gates transformers": (PLUS, None, "transformers"),
     "other pt2": (OTHER, None, "pt2"),
+    "gated hub": (GATED, None, "hub"),
+    "gated transformers": (GATED, None, "transformers"),
+    "without a class token timm": (SIGLIP, None, "timm"),
+    "without a class token pt2": (SIGLIP, None, "pt2"),
 }
 
 
@@ -164,14 +181,39 @@ def test_formats_that_do_not_have_the_architecture_say_so(tmp_path, monkeypatch)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_licences_are_in_the_cards_front_matter(tmp_path):
-    fronts = []
-    for spec in (BACKBONES["dinov2-small"], DINOV3):
-        spec = dataclasses.replace(spec, timm_arguments=SMALL)
-        card = (export_backbone(small(spec), "timm", tmp_path, ABOUT).parent / CARD).read_text()
-        fronts.append(yaml.safe_load(card.split("---")[1]))
-    assert fronts[0]["license"] == "apache-2.0" and fronts[0]["base_model"] == "timm/vit_small_patch14_dinov2.lvd142m"
-    assert (fronts[1]["license"], fronts[1]["license_name"]) == ("other", "dinov3-license")
+@pytest.mark.parametrize(
+    ("licence", "source", "expected"),
+    [
+        ("Apache-2.0", TINY_PAGE + "/resolve/main/model.safetensors", ("apache-2.0", None, "timm/x")),
+        ("MIT", "https://huggingface.co/david-shavin/SnD/resolve/main/dinov2_small_snd.pth", ("mit", None, None)),
+        ("DINOv3 License", "", ("other", "dinov3-license", None)),
+        ("not known", "/somewhere/my.pth", ("other", "not-known", None)),
+        (None, None, ("other", "none-random-weights", None)),
+    ],
+)
+def test_the_card_has_the_licence_of_the_weights_that_were_used(licence, source, expected, tmp_path):
+    backbone = small(dataclasses.replace(TINY, source=TINY_PAGE))
+    if licence is not None:
+        backbone.weight_report = WeightReport(source, "timm", {}, (), licence=licence)
+    card = (export_backbone(backbone, "timm", tmp_path, ABOUT).parent / CARD).read_text()
+    front = yaml.safe_load(card.split("---")[1])
+    assert (front["license"], front.get("license_name"), front.get("base_model")) == expected
+
+
+def test_the_folder_for_transformers_can_be_saved_again_with_its_positions(tmp_path):
+    from transformers import AutoConfig, AutoModel
+
+    backbone = small(TINY)
+    folder = export_backbone(backbone, "transformers", tmp_path / "first", ABOUT).parent
+    AutoModel.from_pretrained(folder, trust_remote_code=True).save_pretrained(tmp_path / "second")
+    again = AutoModel.from_pretrained(tmp_path / "second", trust_remote_code=True).eval()
+    empty = AutoModel.from_config(AutoConfig.from_pretrained(folder), trust_remote_code=True)
+    assert type(again).__name__ == type(empty).__name__ == "SnDDinov2Model"
+    assert type(empty.embeddings).__name__ == "SnDEmbeddings"
+    images = torch.rand(1, 3, 224, 336)
+    with torch.no_grad():
+        tokens = again(backbone.prepared(images)).last_hidden_state[:, 1:]
+        torch.testing.assert_close(tokens, backbone(images).flatten(1, 2), rtol=0, atol=1e-4)
 
 
 def test_without_a_connection_an_upload_says_where_the_export_is(tmp_path):

@@ -33,14 +33,19 @@ class SnDEmbeddings(Dinov2Embeddings):
 class SnDDinov2Model(transformers.Dinov2Model):
     """transformers' model but for the positions.
 
-    It loads as transformers' own class, which alone knows how to read weights of earlier versions, and changes the
-    embeddings afterwards.
+    It loads as transformers' own class, which alone knows how to read weights of earlier versions, and becomes this one
+    afterwards.
     """
+
+    def __init__(self, config) -> None:  # type: ignore[no-untyped-def]
+        super().__init__(config)
+        self.embeddings.__class__ = SnDEmbeddings
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):  # type: ignore[no-untyped-def, override]
         """As `transformers.Dinov2Model.from_pretrained`."""
         loaded = transformers.Dinov2Model.from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.__class__ = cls
         model.embeddings.__class__ = SnDEmbeddings
         return loaded
