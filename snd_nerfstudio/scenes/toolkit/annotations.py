@@ -86,8 +86,8 @@ def read_annotated_mesh(scene: ToolkitScene) -> AnnotatedMesh:
         numbers = np.asarray(segments, np.int64)
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(
-            f"{scene.segments}, {scene.annotations}: a group lacks `objectId`, `label` or `segments`, or a segment is no "
-            f"number ({error})."
+            f"{scene.segments}, {scene.annotations}: a group lacks `objectId`, `label` or `segments`, or a segment "
+            f"is no number ({error})."
         ) from error
     if any(not 0 <= instance <= LARGEST_ID for instance, _ in of_segments):
         raise InputError(f"{scene.annotations}: an `objectId` is not between 0 and {LARGEST_ID}.")
