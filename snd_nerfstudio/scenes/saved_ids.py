@@ -30,7 +30,7 @@ def read_saved_ids(file: Path) -> Int[np.ndarray, "h w"]:
     rebuild = array.__reduce__()[0]
     kinds = [type(np.dtype(f"{sign}{size}")) for sign in "iu" for size in (1, 2, 4, 8)]
     known: list = [rebuild, np.ndarray, np.dtype, *kinds]
-    if torch.__version__ >= (2, 6):
+    if torch.__version__ >= "2.6":
         # the function's name in files that were written with numpy 1 and 2
         known += [(rebuild, f"numpy.{module}.multiarray._reconstruct") for module in ("core", "_core")]
     try:
