@@ -133,6 +133,7 @@ class SceneConverter:
     def __init__(self, scene: ToolkitScene, folder: Path, settings: Settings, threads: int = 0) -> None:
         self.scene, self.folder, self.settings, self.threads = scene, folder, settings, threads
         self.camera, self.frames = scene.read()
+        self.has_masks = scene.has_masks()
         self.undistortion = Undistortion(self.camera, settings.height, settings.width)
         self._rasterizer: Optional[MeshRasterizer] = None
 
@@ -174,7 +175,7 @@ class SceneConverter:
         return DONE
 
     def _mask(self, frame: ToolkitFrame) -> np.ndarray:
-        if not self.scene.masks.is_dir():
+        if not self.has_masks:
             return np.full((self.settings.height, self.settings.width), VALID, np.uint8)
         return self.undistortion.mask(self._read(self.scene.masks / frame.mask_name, "anonymisation mask", "L"))
 
@@ -261,8 +262,10 @@ def _work(tasks: Any, results: Any, out: Path, settings: Settings, threads: int)
         for task in iter(tasks.get, None):
             for outcome in _outcomes(task, out, settings, threads):
                 results.put(outcome)
-    except (InputError, OSError) as error:
+    except InputError as error:
         results.put(str(error))
+    except OSError as error:
+        results.put(_unwritable(out, error))
     results.put(None)
 
 
@@ -326,6 +329,10 @@ def _claim(out: Path, settings: Settings) -> None:
     _write_text(record, json.dumps(settings.as_json(), indent=1) + "\n")
 
 
+def _unwritable(out: Path, error: OSError) -> str:
+    return f"--out {out} cannot be written ({error}): make room, or choose a folder that can; what is written is kept."
+
+
 def _count(scenes: list[ToolkitScene], report: Report) -> dict[str, int]:
     """How many frames each readable scene has; the others go into the report."""
     counts = {}
@@ -371,7 +378,7 @@ def convert_scannetpp(
         _collect(source, readable, counts, out, settings, report)
         _write_lists(root, out, settings, report)
     except OSError as error:
-        raise InputError(f"--out {out} cannot be written ({error}): choose a folder that can.") from error
+        raise InputError(_unwritable(out, error)) from error
     return report
 
 

@@ -89,8 +89,21 @@ class ToolkitScene:
 
     @property
     def masks(self) -> Path:
-        """Folder of the anonymisation masks; scenes in which nothing is anonymised may have none."""
+        """Folder of the anonymisation masks."""
         return self.folder / "dslr" / "resized_anon_masks"
+
+    @property
+    def lists(self) -> Path:
+        return self.folder / "dslr" / "train_test_lists.json"
+
+    def has_masks(self) -> bool:
+        """Whether something may be anonymised: there is a folder of masks, and the lists do not deny them.
+
+        Raises:
+            InputError: train_test_lists.json is there, but is no JSON.
+        """
+        listed = read_object(self.lists) if self.lists.is_file() else {}
+        return self.masks.is_dir() and bool(listed.get("has_masks", True))
 
     def read(self) -> tuple[FisheyeCamera, list[ToolkitFrame]]:
         """The camera and all frames, each once.
@@ -103,8 +116,7 @@ class ToolkitScene:
         """
         content = read_object(self.transforms)
         camera = _camera(content, self.transforms)
-        lists = self.folder / "dslr" / "train_test_lists.json"
-        listed = read_object(lists).get("test", []) if lists.is_file() else []
+        listed = read_object(self.lists).get("test", []) if self.lists.is_file() else []
         tests = {Path(str(name)).name for name in listed}
         described: dict[str, dict[str, Any]] = {}
         for key in ("frames", "test_frames"):

@@ -181,6 +181,17 @@ def test_what_cannot_be_used_is_skipped_with_its_reason_and_the_rest_is_done(cop
     assert len(frames_of(out / "scenes/room_0000")) == 5
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_folder_that_cannot_be_written_is_named(download, tmp_path, processes):
+    convert_scannetpp(download, tmp_path / "out", Settings(28, 42), ["room_0000"])
+    # a file where a folder of images would go
+    shutil.rmtree(tmp_path / "out/scenes/room_0000")
+    (tmp_path / "out/scenes/room_0000").mkdir()
+    (tmp_path / "out/scenes/room_0000/images").write_text("")
+    with pytest.raises(InputError, match="--out .*out cannot be written"):
+        convert_scannetpp(download, tmp_path / "out", Settings(28, 42), ["room_0000"], processes)
+
+
 def test_frames_that_already_hold_the_test_frames_are_written_once(copy, tmp_path):
     def append(content):
         content["frames"] += content["test_frames"]
@@ -193,8 +204,12 @@ def test_frames_that_already_hold_the_test_frames_are_written_once(copy, tmp_pat
     assert not (tmp_path / "out/scenes/room_0000/semantics").exists()
 
 
-def test_scenes_without_anonymisation_masks_are_shown_whole(copy, tmp_path):
-    shutil.rmtree(copy / "data/room_0000/dslr/resized_anon_masks")
+@pytest.mark.parametrize("told_by", ["folder", "lists"])
+def test_scenes_without_anonymisation_masks_are_shown_whole(copy, tmp_path, told_by):
+    if told_by == "folder":
+        shutil.rmtree(copy / "data/room_0000/dslr/resized_anon_masks")
+    else:
+        edit(copy / "data/room_0000/dslr/train_test_lists.json", lambda content: content.update(has_masks=False))
     convert_scannetpp(copy, tmp_path / "out", Settings(28, 42), ["room_0000"])
     assert (read(tmp_path / "out/scenes/room_0000/masks/DSC00010.png") == 255).all()
 
