@@ -7,9 +7,20 @@
                          /images/DSC01234.JPG
                          /instance_segmentation/DSC01234.JPG.png  instance ids
                          /depth/DSC01234.png                      millimetres (optional; the published tree has none)
+
+ScanNet++ as downloaded is recognised too. Where its toolkit has undistorted the images they are read as they are::
+
+    <root>/splits/nvs_sem_train.txt, nvs_sem_val.txt
+    <root>/data/<scene>/dslr/nerfstudio/transforms_undistorted.json
+                       /dslr/undistorted_images/DSC01234.JPG      or resized_undistorted_images/
+                       /dslr/instance_segmentation/               as above, or:
+    <root>/obj_ids/<scene>/DSC01234.JPG.pth                       instance ids as the toolkit saves them
 """
 
+import os
 import re
+import shlex
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional, Type
@@ -35,6 +46,8 @@ from snd_nerfstudio.errors import InputError
 
 TRAIN_LIST = "nvs_sem_train.txt"
 VAL_LIST = "nvs_sem_val.txt"
+UNDISTORTED_IMAGES = ("undistorted_images", "resized_undistorted_images")
+"""Where the toolkit's versions put undistorted images."""
 
 
 @dataclass
@@ -47,6 +60,24 @@ class ScanNetppScenesConfig(DataParserConfig):
     """Root of the tree, the folder that holds `scenes/`."""
     keep_bad_frames: bool = False
     """Keep frames that the dataset marks `is_bad`."""
+    obj_ids: Optional[Path] = None
+    """Folder of instance ids that ScanNet++'s toolkit saved: <scene>/<image>.pth. None: `obj_ids` below `data`."""
+
+
+@dataclass(frozen=True)
+class SceneFiles:
+    """Where one scene's files are."""
+
+    transforms: Path
+    """JSON with intrinsics and poses."""
+    images: Path
+    """Folder of images."""
+    masks: Path
+    """Folder of instance masks."""
+    obj_ids: Path
+    """Folder of instance ids as the toolkit saves them."""
+    depth: Optional[Path] = None
+    """Folder of depth maps."""
 
 
 @dataclass
@@ -63,6 +94,8 @@ class ScanNetppScenes(DataParser):
         """
         root = self.config.data
         folder = root / "scenes"
+        if self._is_toolkit_tree():
+            return to_outputs(self._scenes_of_split(self._undistorted_scenes(), split))  # type: ignore
         if not folder.is_dir():
             raise InputError(
                 f"--data {root}: no folder `scenes` in it. Expected scenes/<scene>/transforms_train.json; for folders "
@@ -73,6 +106,55 @@ class ScanNetppScenes(DataParser):
             raise InputError(f"--data {root}: no scenes/<scene>/transforms_train.json found.")
         return to_outputs(self._scenes_of_split(names, split))  # type: ignore
 
+    def _is_toolkit_tree(self) -> bool:
+        """Whether this is ScanNet++ as downloaded."""
+        root = self.config.data
+        return not (root / "scenes").is_dir() and any((root / "data").glob("*/dslr"))
+
+    def _undistorted_scenes(self) -> list[str]:
+        """Scenes of the download whose images the toolkit has undistorted.
+
+        Raises:
+            InputError: there are none; the message has the command that makes them.
+        """
+        root = self.config.data
+        present = sorted(folder.parent.name for folder in (root / "data").glob("*/dslr"))
+        usable = [
+            name for name in present if self._files(name).transforms.is_file() and self._files(name).images.is_dir()
+        ]
+        if not usable:
+            out = root.parent / f"{root.resolve().name}_snd"
+            command = f"snd-data scannetpp --data {shlex.quote(str(root))} --out {shlex.quote(str(out))}"
+            raise InputError(
+                f"--data {root} is ScanNet++ as downloaded: fisheye images and no masks. Make pinhole images, masks "
+                f"and depth of it with `{command}`, then train with --data {shlex.quote(str(out))}."
+            )
+        if len(usable) < len(present):
+            CONSOLE.log(f"[yellow]{root}: {len(present) - len(usable)} of {len(present)} scenes are not undistorted.")
+        return usable
+
+    def _files(self, name: str) -> SceneFiles:
+        root = self.config.data
+        obj_ids = (self.config.obj_ids or root / "obj_ids") / name
+        if self._is_toolkit_tree():
+            dslr = root / "data" / name / "dslr"
+            images = next((folder for kind in UNDISTORTED_IMAGES if (folder := dslr / kind).is_dir()), None)
+            return SceneFiles(
+                transforms=dslr / "nerfstudio" / "transforms_undistorted.json",
+                images=images or dslr / UNDISTORTED_IMAGES[0],
+                masks=dslr / "instance_segmentation",
+                obj_ids=obj_ids,
+            )
+        folder = root / "scenes" / name
+        depth = folder / "depth"
+        return SceneFiles(
+            transforms=folder / "transforms_train.json",
+            images=folder / "images",
+            masks=folder / "instance_segmentation",
+            obj_ids=obj_ids,
+            depth=depth if depth.is_dir() else None,
+        )
+
     def _scenes_of_split(self, names: list[str], split: Split) -> list[Scene]:
         train, val = (self._listed(names, file) for file in (TRAIN_LIST, VAL_LIST))
         if split == "all":
@@ -80,14 +162,14 @@ class ScanNetppScenes(DataParser):
         train = [name for name in train or names if name not in set(val)]
         if val and not train and split == "train":
             raise InputError(
-                f"{self.config.data}: every scene on disk is listed in metadata/{VAL_LIST}. Add scenes of the training "
-                "list, or train on these with --pipeline.datamanager.all-scenes True."
+                f"{self.config.data}: every scene on disk is listed in {self._lists}/{VAL_LIST}. Add scenes of the "
+                "training list, or train on these with --pipeline.datamanager.all-scenes True."
             )
         if val:
             return self._read_scenes(train if split == "train" else val)
         CONSOLE.log(
-            f"[yellow]{self.config.data}: no scene of metadata/{VAL_LIST} is on disk (or there is no such list); "
-            "the last scenes, or the last frames of the only one, are held out instead."
+            f"[yellow]{self.config.data}: no scene of {self._lists}/{VAL_LIST} is on disk (or there is no such "
+            "list); the last scenes, or the last frames of the only one, are held out instead."
         )
         # of many scenes only those of the wanted side are read
         if len(train) > 1:
@@ -98,8 +180,13 @@ class ScanNetppScenes(DataParser):
     def _read_scenes(self, names: list[str]) -> list[Scene]:
         return [self._read_scene(name) for name in names]
 
+    @property
+    def _lists(self) -> str:
+        """Name of the folder with the split lists."""
+        return "splits" if self._is_toolkit_tree() else "metadata"
+
     def _listed(self, names: list[str], file: str) -> list[str]:
-        path = self.config.data / "metadata" / file
+        path = self.config.data / self._lists / file
         if not path.is_file():
             return []
         listed = list(dict.fromkeys(path.read_text(encoding="utf-8").split()))
@@ -109,8 +196,8 @@ class ScanNetppScenes(DataParser):
         return present
 
     def _read_scene(self, name: str) -> Scene:
-        folder = self.config.data / "scenes" / name
-        file = folder / "transforms_train.json"
+        files = self._files(name)
+        file = files.transforms
         content = read_json(file)
         described: dict[str, dict[str, Any]] = {}
         # the published tool appended the test frames to `frames`, so some files hold them twice
@@ -123,7 +210,7 @@ class ScanNetppScenes(DataParser):
         images = sorted(described, key=natural_key)
         numbers = [_first_number(image) for image in images]
         order = numbers if None not in numbers and len(set(numbers)) == len(numbers) else list(range(len(images)))
-        has_depth = (folder / "depth").is_dir()
+        mask_of = _mask_finder(files.masks, files.obj_ids)
         frames = []
         for number, image in zip(order, images, strict=True):
             frame = described[image]
@@ -131,17 +218,33 @@ class ScanNetppScenes(DataParser):
                 continue
             frames.append(
                 Frame(
-                    image=folder / "images" / image,
+                    image=files.images / image,
                     order=int(number),  # type: ignore
                     pose=to_mesh_world(read_pose(frame.get("transform_matrix"), file, image)),
                     camera=read_camera(content, frame, file),
-                    mask=folder / "instance_segmentation" / f"{image}.png",
-                    depth=folder / "depth" / f"{Path(image).stem}.png" if has_depth else None,
+                    mask=mask_of(image),
+                    depth=files.depth / f"{Path(image).stem}.png" if files.depth else None,
                 )
             )
         if not frames:
             raise InputError(f"{file}: all {len(described)} frames are marked `is_bad`.")
         return Scene(name, frames)
+
+
+def _mask_finder(folder: Path, obj_ids: Path) -> Callable[[str], Path]:
+    """The instance mask of an image: DSC01234.JPG.png, else DSC01234.png, else the toolkit's DSC01234.JPG.pth.
+
+    Folders are listed once, for asking after each file of a large dataset takes long.
+    """
+    images, saved = (set(os.listdir(place)) if place.is_dir() else set() for place in (folder, obj_ids))
+
+    def find(image: str) -> Path:
+        for name in (f"{image}.png", f"{Path(image).stem}.png"):
+            if name in images:
+                return folder / name
+        return obj_ids / f"{image}.pth" if f"{image}.pth" in saved else folder / f"{image}.png"
+
+    return find
 
 
 def _first_number(name: str) -> Optional[int]:

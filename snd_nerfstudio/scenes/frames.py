@@ -13,12 +13,15 @@ from jaxtyping import Float, Int, UInt8
 from PIL import Image, UnidentifiedImageError
 
 from snd_nerfstudio.errors import InputError
+from snd_nerfstudio.scenes.saved_ids import read_saved_ids
 from snd_nerfstudio.scenes.views import Views
 
 UNREADABLE = (UnidentifiedImageError, Image.DecompressionBombError, OSError, EOFError, SyntaxError, ValueError)
 """What Pillow and numpy raise on files that are not what they should be."""
 HEADERS_CHECKED = 10_000
 """Of larger datasets this many headers, evenly spread, are read before training."""
+SAVED_IDS = ".pth"
+"""Ending of instance ids that ScanNet++'s toolkit saves with torch."""
 MASK_MODES = ("L", "P", "I", "I;16", "1")
 
 
@@ -163,8 +166,8 @@ def _check_headers(frames: Frames, needs_masks: bool) -> None:
     def check(index: int) -> None:
         file = frames.image_files[index]
         _check_image_size(frames, index, _header_size(file, "Image"))
-        if needs_masks:
-            mask_file = _file_of(frames.mask_files, index, file, "mask")
+        mask_file = _file_of(frames.mask_files, index, file, "mask") if needs_masks else None
+        if mask_file is not None and mask_file.suffix != SAVED_IDS:  # these have no header
             _check_mask_size(mask_file, _header_size(mask_file, "Instance mask"), _stored_size(frames, index))
 
     count = min(len(frames), HEADERS_CHECKED)
@@ -278,11 +281,13 @@ def _read_image(file: Path) -> UInt8[np.ndarray, "h w 3"]:
 
 
 def read_mask(file: Path) -> Int[np.ndarray, "h w"]:
-    """Read instance ids from a single-channel 8-, 16- or 32-bit image.
+    """Read instance ids from a single-channel 8-, 16- or 32-bit image, or from what ScanNet++'s toolkit saves (`.pth`).
 
     Raises:
         InputError: the file is missing, corrupt or has colour channels.
     """
+    if file.suffix == SAVED_IDS:
+        return read_saved_ids(file)
     try:
         with Image.open(file) as image:
             if image.mode not in MASK_MODES:

@@ -189,3 +189,64 @@ def test_poses_are_float32_cameras_with_whole_sizes(root):
     cameras = parse(root).cameras
     assert cameras.camera_to_worlds.shape == (6, 3, 4) and cameras.camera_to_worlds.dtype == torch.float32
     assert cameras.height.flatten().tolist() == [4] * 6 and cameras.width.flatten().tolist() == [6] * 6
+
+
+def test_masks_are_also_found_by_the_images_stem_and_as_the_toolkit_saves_them(root):
+    folder = root / "scenes/bb/instance_segmentation"
+    folder.mkdir()
+    Image.new("L", (6, 4)).save(folder / "DSC00009.png")
+    (root / "obj_ids/bb").mkdir(parents=True)
+    for number in ("00009", "00010"):
+        torch.save(np.ones((4, 6), np.int32), root / f"obj_ids/bb/DSC{number}.JPG.pth")
+    first, second, third = parse(root).metadata["instance_filenames"][:3]
+    assert first == folder / "DSC00009.png" and second == root / "obj_ids/bb/DSC00010.JPG.pth"
+    assert third == folder / "DSC00011.JPG.png"
+    Image.new("L", (6, 4)).save(folder / "DSC00009.JPG.png")
+    assert parse(root).metadata["instance_filenames"][0] == folder / "DSC00009.JPG.png"
+    (root / "obj_ids").rename(root / "elsewhere")
+    assert parse(root, obj_ids=root / "elsewhere").metadata["instance_filenames"][1].parent == root / "elsewhere/bb"
+
+
+@pytest.fixture
+def download(tmp_path):
+    """ScanNet++ as downloaded, without its scans: fisheye images of three scenes."""
+    for name in ("aa", "bb", "cc"):
+        write_scene(tmp_path, name, [(f"DSC{n:05d}.JPG", {}) for n in (9, 10, 11)])
+        dslr = tmp_path / "data" / name / "dslr"
+        (dslr / "nerfstudio").mkdir(parents=True)
+        (tmp_path / "scenes" / name / "images").rename(dslr / "resized_images")
+        (tmp_path / "scenes" / name / "transforms_train.json").rename(dslr / "nerfstudio/transforms.json")
+    shutil.rmtree(tmp_path / "scenes")
+    (tmp_path / "splits").mkdir()
+    (tmp_path / "splits/nvs_sem_train.txt").write_text("aa\nbb\n")
+    (tmp_path / "splits/nvs_sem_val.txt").write_text("cc\n")
+    return tmp_path
+
+
+def test_a_download_with_fisheye_images_is_answered_with_the_command_that_converts_it(download):
+    command = rf"`snd-data scannetpp --data {download} --out {download}_snd`"
+    with pytest.raises(InputError, match=f"ScanNet\\+\\+ as downloaded.*{command}, then train with --data"):
+        parse(download)
+
+
+@pytest.mark.parametrize("images", ["undistorted_images", "resized_undistorted_images"])
+def test_a_download_that_the_toolkit_has_undistorted_is_read_as_it_is(download, images):
+    for name in ("aa", "cc"):
+        dslr = download / "data" / name / "dslr"
+        shutil.copytree(dslr / "resized_images", dslr / images)
+        shutil.copy(dslr / "nerfstudio/transforms.json", dslr / "nerfstudio/transforms_undistorted.json")
+    (download / "obj_ids/aa").mkdir(parents=True)
+    torch.save(np.ones((4, 6), np.int64), download / "obj_ids/aa/DSC00009.JPG.pth")
+    outputs = parse(download)
+    # bb is on the list of training scenes, but not undistorted
+    assert outputs.metadata["scene_names"] == ["aa"] and parse(download, "val").metadata["scene_names"] == ["cc"]
+    assert outputs.image_filenames[0] == download / "data/aa/dslr" / images / "DSC00009.JPG"
+    assert outputs.metadata["instance_filenames"][0] == download / "obj_ids/aa/DSC00009.JPG.pth"
+    assert outputs.metadata["instance_filenames"][1].parent == download / "data/aa/dslr/instance_segmentation"
+    assert outputs.metadata["depth_filenames"] is None
+    np.testing.assert_allclose(outputs.cameras.camera_to_worlds[0].numpy(), to_mesh_world(np.eye(4))[:3])
+
+
+def test_prepared_scenes_come_before_what_lies_beside_them(download):
+    write_scene(download, "dd", [(f"DSC{n:05d}.JPG", {}) for n in range(9)])
+    assert parse(download, "all").metadata["scene_names"] == ["dd"]

@@ -331,3 +331,51 @@ def test_the_command_line_writes_rooms_and_reports_errors_in_one_message(tmp_pat
     refused = subprocess.run([*command, "--seed", "9"], capture_output=True, text=True, check=False)
     assert refused.returncode == 1
     assert "other arguments" in refused.stderr and "Traceback" not in refused.stderr
+
+
+@needs_open3d
+def test_the_toolkit_layout_has_the_same_rooms_and_poses_seen_by_a_fisheye(tree, tmp_path):
+    from snd_nerfstudio.scenes.rooms.toolkit_layout import DISTORTION
+
+    root = generate_rooms(small(tmp_path / "toolkit", frames=10, layout="toolkit"))
+    assert (root / "splits" / "nvs_sem_train.txt").read_text() == "room_0000\n"
+    assert (root / "splits" / "nvs_sem_val.txt").read_text() == "room_0001\n"
+    assert not (root / "scenes").exists() and not (root / "metadata" / "nvs_sem_train.txt").exists()
+    for name in ("room_0000", "room_0001"):
+        scene = root / "data" / name
+        camera = json.loads((scene / "dslr/nerfstudio/transforms.json").read_text())
+        assert camera["camera_model"] == "OPENCV_FISHEYE" and [camera[f"k{n}"] for n in (1, 2, 3, 4)] == [*DISTORTION]
+        # a short side's half from the centre: the ray that a pinhole of 70 degrees across sees there
+        angle = np.arctan(HEIGHT / WIDTH * np.tan(np.radians(35.0)))
+        k1, k2, k3, k4 = DISTORTION
+        lands = camera["fl_y"] * (angle + k1 * angle**3 + k2 * angle**5 + k3 * angle**7 + k4 * angle**9)
+        assert lands == pytest.approx(HEIGHT / 2)
+        frames = camera["frames"] + camera["test_frames"]
+        assert [frame["file_path"] for frame in camera["test_frames"]] == ["DSC00010.JPG"]
+        lists = json.loads((scene / "dslr/train_test_lists.json").read_text())
+        assert lists["train"] + lists["test"] == [frame["file_path"] for frame in frames]
+        own = json.loads((tree / "scenes" / name / "transforms_train.json").read_text())["frames"]
+        assert [f["transform_matrix"] for f in frames[:FRAMES]] == [f["transform_matrix"] for f in own]
+        assert (scene / "scans/mesh_aligned_0.05.ply").read_bytes() == (
+            tree / "scenes" / name / "mesh.ply"
+        ).read_bytes()
+        masks = [read(scene / f"dslr/resized_anon_masks/DSC{n:05d}.png") for n in range(1, 11)]
+        assert all((mask == 255).all() for mask in masks[:9]) and set(np.unique(masks[9])) == {0, 255}
+        image = read(scene / "dslr/resized_images/DSC00010.JPG")
+        assert image.shape == (HEIGHT, WIDTH, 3) and abs(image[masks[9] == 0].astype(int) - 128).mean() < 8
+    with pytest.raises(RoomsError, match="other arguments"):
+        generate_rooms(small(root, frames=10))
+
+
+@needs_open3d
+def test_every_vertex_of_the_toolkit_layout_belongs_to_a_segment_of_its_instance(tmp_path):
+    root = generate_rooms(small(tmp_path / "toolkit", scenes=1, frames=1, layout="toolkit"))
+    room = build_room(0, 0, 1)
+    scans = root / "data/room_0000/scans"
+    of_vertex = np.array(json.loads((scans / "segments.json").read_text())["segIndices"])
+    groups = json.loads((scans / "segments_anno.json").read_text())["segGroups"]
+    owner = {segment: group["objectId"] for group in groups for segment in group["segments"]}
+    found = np.array([owner[segment] for segment in of_vertex])
+    assert (found[room.faces] == room.face_instance[:, None]).all()
+    assert {group["objectId"]: group["label"] for group in groups} == room.instance_labels
+    assert len(owner) > len(groups)

@@ -154,6 +154,27 @@ def _colours(room: Room, rays: Float[np.ndarray, "r 6"], sample_size: float) -> 
     return colours
 
 
+def render_colours(
+    room: Room, rays: Float[np.ndarray, "r 6"], height: int, width: int, samples: int, focal: float
+) -> UInt8[np.ndarray, "h w 3"]:
+    """The image that rays of any camera see.
+
+    Args:
+        room: from `build_room`.
+        rays: origin and direction, `samples` by `samples` per pixel, in the order of the image with
+            `height * samples` rows; directions have length 1 along the optical axis.
+        height: rows.
+        width: columns.
+        samples: rays per pixel and side: 2.
+        focal: focal length in pixels, which says how much of a texture a ray stands for.
+    """
+    bands = np.array_split(rays, max(1, len(rays) // _BAND))
+    colours = np.concatenate([_colours(room, band, 1.0 / (samples * focal)) for band in bands])
+    colours = colours.reshape(height, samples, width, samples, 3)
+    colours = 0.25 * (colours[:, 0, :, 0] + colours[:, 0, :, 1] + colours[:, 1, :, 0] + colours[:, 1, :, 1])
+    return np.round(255.0 * colours).astype(np.uint8)
+
+
 def render_view(
     room: Room,
     camera_to_world: Float[np.ndarray, "4 4"],
@@ -178,10 +199,7 @@ def render_view(
     """
     samples = 2
     rays = pixel_rays(camera_to_world, intrinsics, height, width, samples)
-    bands = np.array_split(rays, max(1, len(rays) // _BAND))
-    colours = np.concatenate([_colours(room, band, 1.0 / (samples * intrinsics[0, 0])) for band in bands])
-    colours = colours.reshape(height, samples, width, samples, 3)
-    colours = 0.25 * (colours[:, 0, :, 0] + colours[:, 0, :, 1] + colours[:, 1, :, 0] + colours[:, 1, :, 1])
+    image = render_colours(room, rays, height, width, samples, intrinsics[0, 0])
 
     rays = pixel_rays(camera_to_world, intrinsics, height, width)
     cast = _cast(room, rays)
@@ -194,7 +212,7 @@ def render_view(
     normals = normals / np.maximum(np.linalg.norm(normals, axis=-1, keepdims=True), 1e-12)
     shape = (height, width)
     return RenderedView(
-        image=np.round(255.0 * colours).astype(np.uint8),
+        image=image,
         depth=np.where(hit, cast["t_hit"], 0.0).astype(np.float32).reshape(shape),
         normals=np.where(hit[:, None], normals, 0.0).astype(np.float32).reshape(height, width, 3),
         instances=np.where(hit, room.face_instance[face], 0).astype(np.uint16).reshape(shape),

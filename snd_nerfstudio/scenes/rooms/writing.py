@@ -13,7 +13,8 @@
     scenes/<scene>/transforms_train.json                    intrinsics and poses, see `stored_from_opencv`
     scenes/<scene>/mesh.ply                                 the mesh, metres, z up
 
-The same arguments give the same bytes.
+The same arguments give the same bytes. With layout `toolkit` the same rooms and poses are written as the ScanNet++
+toolkit has them: data/<scene>/ as in `toolkit_layout`, splits/nvs_sem_train.txt, nvs_sem_val.txt, and metadata/.
 """
 
 import json
@@ -22,13 +23,14 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Literal, Optional
 
 import numpy as np
 from jaxtyping import Float
 from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from snd_nerfstudio.scenes.rooms import toolkit_layout
 from snd_nerfstudio.scenes.rooms.cameras import pinhole, stored_from_opencv
 from snd_nerfstudio.scenes.rooms.furniture import CLASSES
 from snd_nerfstudio.scenes.rooms.layout import Room, RoomsError, build_room
@@ -57,13 +59,16 @@ class RoomsConfig:
     val_scenes: Optional[int] = None
     """How many of the last rooms are for validation; by default a fifth, at least one if there are two rooms."""
 
+    layout: Literal["snd", "toolkit"] = "snd"
+    """`snd`: what training reads. `toolkit`: ScanNet++ as downloaded, with fisheye images of the same rooms."""
+
     def resolved_val_scenes(self) -> int:
         """The number of validation scenes, with the default filled in."""
         if self.val_scenes is not None:
             return self.val_scenes
         return min(max(1, self.scenes // 5), self.scenes - 1)
 
-    def arguments(self) -> dict[str, int]:
+    def arguments(self) -> dict[str, Any]:
         """What determines the bytes that are written: every field but the folder."""
         return {
             "scenes": self.scenes,
@@ -72,7 +77,16 @@ class RoomsConfig:
             "height": self.height,
             "width": self.width,
             "val_scenes": self.resolved_val_scenes(),
+            **({} if self.layout == "snd" else {"layout": self.layout}),
         }
+
+    def scenes_folder(self) -> Path:
+        """Where the scenes' folders are."""
+        return Path(self.out) / ("scenes" if self.layout == "snd" else "data")
+
+    def lists_folder(self) -> Path:
+        """Where the names of the scenes for training and validation are."""
+        return Path(self.out) / ("metadata" if self.layout == "snd" else "splits")
 
 
 def _check_arguments(config: RoomsConfig) -> None:
@@ -190,14 +204,21 @@ def _write_scene(folder: Path, index: int, config: RoomsConfig, progress: Progre
     room = build_room(config.seed, index, config.frames)
     partial = folder.parent.parent / ".partial" / folder.name
     shutil.rmtree(partial, ignore_errors=True)
-    for kind in ("images", "masks", "instance_segmentation", "depth", "normals", "semantics"):
+    toolkit = config.layout == "toolkit"
+    kinds = ("images", "masks", "instance_segmentation", "depth", "normals", "semantics")
+    for kind in toolkit_layout.FOLDERS if toolkit else kinds:
         (partial / kind).mkdir(parents=True)
+    names = [_view_name(frame) for frame in range(config.frames)]
     intrinsics = pinhole(config.height, config.width)
+    fisheye = toolkit_layout.fisheye(config.height, config.width)
 
     def write_frame(frame: int) -> None:
+        if toolkit:
+            toolkit_layout.write_frame(partial, names[frame], room, frame, fisheye)
+            return
         pose = room.camera_to_worlds[frame]
         view = render_view(room, pose, intrinsics, config.height, config.width)
-        _write_view(partial, _view_name(frame), view, pose)
+        _write_view(partial, names[frame], view, pose)
 
     pool = ThreadPoolExecutor(min(4, os.cpu_count() or 1))
     try:
@@ -206,8 +227,14 @@ def _write_scene(folder: Path, index: int, config: RoomsConfig, progress: Progre
     finally:
         # After an error or Ctrl-C the frames that have not begun are dropped.
         pool.shutdown(cancel_futures=True)
-    _write_mesh(partial / "mesh.ply", room)
-    (partial / "transforms_train.json").write_text(json.dumps(_transforms(room, config.height, config.width), indent=1))
+    if toolkit:
+        _write_mesh(partial / "scans" / "mesh_aligned_0.05.ply", room)
+        toolkit_layout.write_annotations(partial, room)
+        toolkit_layout.write_cameras(partial, names, room, fisheye)
+    else:
+        _write_mesh(partial / "mesh.ply", room)
+        content = _transforms(room, config.height, config.width)
+        (partial / "transforms_train.json").write_text(json.dumps(content, indent=1))
     os.replace(partial, folder)
 
 
@@ -229,20 +256,21 @@ def generate_rooms(config: RoomsConfig) -> Path:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("views"))
     try:
         _claim(out, config)
-        (out / "scenes").mkdir(exist_ok=True)
+        config.scenes_folder().mkdir(exist_ok=True)
+        config.lists_folder().mkdir(exist_ok=True)
         with Progress(*columns, TimeRemainingColumn()) as progress:
             task = progress.add_task("Rooms", total=config.scenes * config.frames)
             for index, name in enumerate(names):
                 progress.update(task, description=name)
-                if (out / "scenes" / name).exists():
+                if (config.scenes_folder() / name).exists():
                     progress.advance(task, config.frames)
                 else:
-                    _write_scene(out / "scenes" / name, index, config, progress, task)
+                    _write_scene(config.scenes_folder() / name, index, config, progress, task)
         shutil.rmtree(out / ".partial", ignore_errors=True)
         split = config.scenes - config.resolved_val_scenes()
         _write_text(out / "metadata" / "semantic_classes.txt", "".join(f"{name}\n" for name in CLASSES))
-        _write_text(out / "metadata" / "nvs_sem_train.txt", "".join(f"{name}\n" for name in names[:split]))
-        _write_text(out / "metadata" / "nvs_sem_val.txt", "".join(f"{name}\n" for name in names[split:]))
+        _write_text(config.lists_folder() / "nvs_sem_train.txt", "".join(f"{name}\n" for name in names[:split]))
+        _write_text(config.lists_folder() / "nvs_sem_val.txt", "".join(f"{name}\n" for name in names[split:]))
     except OSError as error:
         raise RoomsError(f"Cannot write rooms to {out}: {error}. Choose an --out that can be written.") from error
     return out

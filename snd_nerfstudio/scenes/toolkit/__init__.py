@@ -1,0 +1,1 @@
+"""ScanNet++ as downloaded: fisheye frames, a mesh and its annotations, turned into what training reads."""
