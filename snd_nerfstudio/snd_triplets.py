@@ -248,14 +248,14 @@ class TripletDataManager(DataManager):
         if config.pairs == "overlap":
             if config.min_context_baseline is not None and not config.min_context_baseline >= 0:
                 raise InputError(
-                    f"--pipeline.datamanager.min-context-baseline {config.min_context_baseline:g}: give a distance in "
-                    "world units, 0 or more."
+                    f"--pipeline.datamanager.min-context-baseline {config.min_context_baseline:g}: give a distance "
+                    "in world units, 0 or more."
                 )
             self._pair_limits.check()
             if config.gap_warmup_steps or config.initial_max_context_gap is not None:
                 raise InputError(
-                    "--pipeline.datamanager.initial-max-context-gap and --pipeline.datamanager.gap-warmup-steps are of "
-                    "gaps: leave them out with --pipeline.datamanager.pairs overlap."
+                    "--pipeline.datamanager.initial-max-context-gap and --pipeline.datamanager.gap-warmup-steps are "
+                    "of gaps: leave them out with --pipeline.datamanager.pairs overlap."
                 )
         elif config.min_context_baseline is not None or config.max_context_baseline is not None:
             raise InputError(

@@ -82,10 +82,10 @@ def scene_geometry(
 
 
 def near_and_far(geometry: ViewGeometry) -> tuple[float, float]:
-    """The range of depths of a frustum: what is given, else multiples of the cameras' mean distance from their centre.
+    """The range of depths of a frustum: what is given, else multiples of how far the cameras are spread.
 
-    A capture that walks around what it shows, or through a room, is about as large as its depths; one that hardly moves
-    is much smaller, and near and far should then be given.
+    A capture that walks around what it shows, or through a room, is about as large as its depths; one that hardly
+    moves is much smaller, and near and far should then be given.
     """
     centres = geometry.camera_to_worlds[:, :3, 3]
     extent = 2 * float(np.linalg.norm(centres - centres.mean(axis=0), axis=1).mean()) or 1.0
@@ -106,8 +106,8 @@ def overlap_matrix(
     """Overlap of all pairs of views: the smaller of both shares, so that it says something about either view.
 
     With depth, the share of view a in view b is ``consistent / comparable`` over a grid of a's pixels that have a
-    depth: each is lifted, ``X = R_a K_a^-1 (u, v, 1) z + t_a``, and projected into b. It is comparable unless it falls
-    on a pixel of b without depth, and consistent if it falls into b's image, in front of b, and its depth there
+    depth: each is lifted, ``X = R_a K_a^-1 (u, v, 1) z + t_a``, and projected into b. It is comparable unless it
+    falls on a pixel of b without depth, and consistent if it falls into b's image, in front of b, and its depth there
     differs from b's by less than ``tolerance``. So what b does not see because something stands before it does not
     count.
 

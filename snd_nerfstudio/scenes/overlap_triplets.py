@@ -46,8 +46,8 @@ class PairLimits:
         flag = "--pipeline.datamanager."
         if not 0 < self.min_overlap <= self.max_overlap <= 1:
             raise InputError(
-                f"{flag}min-overlap {self.min_overlap:g} and {flag}max-overlap {self.max_overlap:g}: shares of a view, "
-                "0 < min <= max <= 1, are needed."
+                f"{flag}min-overlap {self.min_overlap:g} and {flag}max-overlap {self.max_overlap:g}: shares of a "
+                "view, 0 < min <= max <= 1, are needed."
             )
         if not (self.min_baseline >= 0 and (self.max_baseline is None or self.max_baseline > self.min_baseline)):
             raise InputError(
@@ -206,7 +206,7 @@ class OverlapSampler(SceneSampler):
         )
 
     def spread_over(self, scene: int, count: int) -> list[TripletIndex]:
-        """At most ``count`` triplets spread evenly over a usable scene's frames; targets overlap both contexts most."""
+        """At most ``count`` triplets spread evenly over a usable scene; targets overlap both contexts most."""
         held = self._scenes[scene]
         taken, chosen = min(count, len(held.pairs)), []
         for place in range(taken):
