@@ -108,7 +108,8 @@ def judge(
 
     The error is the median distance of matched points from where they should be: with depth, where the point that is
     lifted from the other image falls; without, the epipolar line. Every hypothesis is a change of poses, intrinsics
-    or depth. It is named if it takes the error below the tolerance (or twice that) and to less than 0.4 of what it was.
+    or depth. It is named if it takes the error below the tolerance (or twice that) and to less than 0.4 of what it
+    was.
 
     Args:
         cameras: of the scene as they were read.
@@ -117,70 +118,67 @@ def judge(
         scale: what it multiplied positions by after that.
     """
     facts: dict[str, Any] = {"matches": len(matches), "pairs": len(matches.pairs), "with_depth": matches.has_depth}
-    allowed = tolerance(matches.diagonal)
+    undecided = ""
     if len(matches) < FEWEST_MATCHES:
-        return Verdict(
-            "undecided",
-            f"cannot be decided: only {len(matches)} points could be matched between images (too dark, blurred, "
-            "far apart, or moving)",
-            motion=matches.motion,
-            **facts,
+        undecided = (
+            f"only {len(matches)} points could be matched between images (too dark, blurred, far apart, or moving)"
         )
-    if matches.motion < 3 * allowed:
-        return Verdict(
-            "undecided",
-            f"cannot be decided: matched points move by {matches.motion:.1f} pixels only; the camera hardly moves",
-            motion=matches.motion,
-            **facts,
-        )
-    plain = Hypothesis("", "", "", cameras)
-    before = _error(plain, matches)
+    elif matches.motion < 3 * tolerance(matches.diagonal):
+        undecided = f"matched points move by {matches.motion:.1f} pixels only; the camera hardly moves"
+    if undecided:
+        return Verdict("undecided", f"cannot be decided: {undecided}", motion=matches.motion, **facts)
+    error = _error(Hypothesis("", "", "", cameras), matches)
     ratios = depth_ratios(cameras, matches) if matches.has_depth else np.zeros(0)
-    facts |= {
-        "error": before,
-        "motion": matches.motion,
-        "depth_factor": float(np.median(ratios)) if len(ratios) >= FEWEST_MATCHES // 3 else None,
-    }
-    what = "points reprojected with depth" if matches.has_depth else "distances from epipolar lines"
-    if before <= allowed:
-        # small systematic errors of the depth alone would pass; poses and intrinsics that are wrong do not
-        slight = [
-            (_error(guess, matches), guess)
-            for guess in (_depth_mistakes(plain, matches) if before > 0.3 * allowed and matches.has_depth else ())
-        ]
-        after, best = min(slight, key=lambda pair: pair[0], default=(before, plain))
-        if after > IMPROVEMENT * before:
-            note = "" if matches.has_depth else "; without depth maps the scale cannot be checked"
-            sentence = f"consistent: {what} are off by {before:.1f} pixels (they move by {matches.motion:.0f}){note}"
-            return Verdict("consistent", sentence, **facts)
-        return _likely(best, what, before, after, facts)
-    guesses = [(_error(guess, matches), guess) for guess in hypotheses(cameras, matches, world, scale)]
-    tried = {guess.key: error for error, guess in reversed(sorted(guesses, key=lambda pair: pair[0]))}
-    least = min(error for error, _ in guesses)
-    after, best = min(
-        ((error, guess) for error, guess in guesses if error <= 1.25 * least + 0.15 * allowed),
-        key=lambda pair: (pair[1].rank, pair[0]),
-    )
+    factor = float(np.median(ratios)) if len(ratios) >= FEWEST_MATCHES // 3 else None
+    facts |= {"error": error, "motion": matches.motion, "depth_factor": factor}
+    if error <= tolerance(matches.diagonal):
+        return _agreement(cameras, matches, error, facts)
+    return _disagreement(list(hypotheses(cameras, matches, world, scale)), matches, error, facts)
+
+
+def _agreement(cameras: Cameras, matches: Matches, before: float, facts: dict[str, Any]) -> Verdict:
+    """Small errors may hide a mistake of the depth alone; poses or intrinsics that are wrong make large ones."""
+    after, best = before, Hypothesis("", "", "", cameras)
+    if matches.has_depth and before > 0.3 * tolerance(matches.diagonal):
+        guesses = [(_error(guess, matches), guess) for guess in _depth_mistakes(best, matches)]
+        after, best = min(guesses, key=lambda pair: pair[0])
+    if after <= IMPROVEMENT * before:
+        return _likely(best, matches, before, after, facts)
+    note = "" if matches.has_depth else "; without depth maps the scale cannot be checked"
+    what, motion = _kind(matches), matches.motion
+    sentence = f"consistent: {what} are off by {before:.1f} pixels (they move by {motion:.0f}){note}"
+    return Verdict("consistent", sentence, **facts)
+
+
+def _disagreement(guesses: list[Hypothesis], matches: Matches, before: float, facts: dict[str, Any]) -> Verdict:
+    allowed = tolerance(matches.diagonal)
+    errors = [_error(guess, matches) for guess in guesses]
+    tried = {guesses[place].key: errors[place] for place in np.argsort(errors, kind="stable")[::-1].tolist()}
+    good = [place for place, error in enumerate(errors) if error <= 1.25 * min(errors) + 0.15 * allowed]
+    chosen = min(good, key=lambda place: (guesses[place].rank, errors[place]))
+    after, best = errors[chosen], guesses[chosen]
+    facts = facts | {"tried": tried}
     if after <= min(IMPROVEMENT * before, 2 * allowed):
-        return _likely(best, what, before, after, facts | {"tried": tried})
+        return _likely(best, matches, before, after, facts)
+    what = f"{_kind(matches)} are off by {before:.1f} pixels (they move by {matches.motion:.0f})"
     if before <= max(2 * allowed, 0.2 * matches.motion):
-        return Verdict(
-            "imprecise",
-            f"imprecise: {what} are off by {before:.1f} pixels (they move by {matches.motion:.0f}); no mistake of "
-            "convention explains it",
-            tried=tried, **facts,
-        )  # fmt: skip
-    return Verdict(
-        "unexplained",
-        f"poses and images do not agree: {what} are off by {before:.1f} pixels where they move by "
-        f"{matches.motion:.0f}, and no single mistake that is known here explains it (the best, {best.key}, leaves {after:.1f})",
-        remedy="check that poses belong to these images, and their convention and intrinsics",
-        tried=tried, **facts,
-    )  # fmt: skip
+        sentence = f"imprecise: {what}; no mistake of convention explains it"
+        return Verdict("imprecise", sentence, **facts)
+    sentence = (
+        f"poses and images do not agree: {what}, and no single mistake that is known here explains it (the best, "
+        f"{best.key}, leaves {after:.1f})"
+    )
+    remedy = "check that the poses belong to these images, their convention, and the intrinsics"
+    return Verdict("unexplained", sentence, remedy=remedy, **facts)
 
 
-def _likely(best: Hypothesis, what: str, before: float, after: float, facts: dict[str, Any]) -> Verdict:
-    sentence = f"{best.sentence}: {what} are off by {before:.1f} pixels, and by {after:.1f} without this mistake"
+def _kind(matches: Matches) -> str:
+    return "points reprojected with depth" if matches.has_depth else "distances from epipolar lines"
+
+
+def _likely(best: Hypothesis, matches: Matches, before: float, after: float, facts: dict[str, Any]) -> Verdict:
+    errors = f"{_kind(matches)} are off by {before:.1f} pixels, and by {after:.1f} without this mistake"
+    sentence = f"{best.sentence}: {errors}"
     return Verdict("likely", sentence, best.key, best.remedy, error_without=after, **facts)
 
 

@@ -1,6 +1,7 @@
 """Pictures of how well two posed views fit: one's points in the other's image, matches and epipolar lines."""
 
 import colorsys
+from typing import Optional
 
 import numpy as np
 import torch
@@ -18,13 +19,16 @@ NOTHING = 0.05
 """Grey of pixels that nothing falls on."""
 
 
-def reproject(views: Views, source: int, target: int) -> tuple[Float[Tensor, "H W 3"], Float[Tensor, "H W"]]:
+def reproject(
+    views: Views, source: int, target: int, picture: Optional[Float[Tensor, "H W 3"]] = None
+) -> tuple[Float[Tensor, "H W 3"], Float[Tensor, "H W"]]:
     """What one view's points look like from another: each in its own colour, the nearest wins.
 
     Args:
         views: with depth maps.
         source: the view whose pixels are lifted.
         target: the view that they are projected into.
+        picture: other colours of the source's pixels than its image has.
 
     Returns:
         Colours, dark grey where nothing falls; depth along the target's axis, 0 there.
@@ -44,7 +48,8 @@ def reproject(views: Views, source: int, target: int) -> tuple[Float[Tensor, "H 
     cells = (row[seen].long() * views.width + column[seen].long())[order].numpy()
     colours = np.full((views.height * views.width, 3), NOTHING, dtype=np.float32)
     depth = np.zeros(views.height * views.width, dtype=np.float32)
-    colours[cells] = views.images[source].permute(1, 2, 0)[seen][order].numpy()
+    picture = views.images[source].permute(1, 2, 0) if picture is None else picture
+    colours[cells] = picture[seen][order].numpy()
     depth[cells] = z[seen][order].numpy()
     shape = (views.height, views.width)
     return torch.from_numpy(colours).view(*shape, 3), torch.from_numpy(depth).view(shape)
@@ -61,7 +66,8 @@ def consistency(views: Views, source: int, target: int, tolerance: float = 0.1) 
 
     Returns:
         ``depth_error``, the median of ``|z - d| / d``; ``visible``, the share of points that are no further off than
-        the tolerance; ``colour_error``, the mean difference of their colours, 0 to 1. NaN where nothing can be compared.
+        the tolerance; ``colour_error``, the mean difference of their colours, 0 to 1. NaN where nothing can be
+        compared.
     """
     assert views.depths is not None
     colours, z = reproject(views, source, target)
@@ -83,6 +89,8 @@ def pair_pictures(
 ) -> dict[str, Float[Tensor, "H W 3"]]:
     """A row of a contact sheet: two views, masks, depth, the first one's points in the second, matches with lines.
 
+    What the views lack is left out.
+
     Args:
         views: two of them.
         matches: pixel positions (x, y) of points that are seen in both.
@@ -90,7 +98,9 @@ def pair_pictures(
     """
     first, second = (views.images[view].permute(1, 2, 0) for view in (0, 1))
     row: dict[str, Tensor] = {f"A: {names[0]}": first}
-    row[f"masks of {names[0]}"] = overlay_masks(first, views.masks[0]) if views.masks is not None else _grey(first)
+    masks = None if views.masks is None else overlay_masks(first, views.masks[0])
+    if masks is not None:
+        row[f"masks of {names[0]}"] = masks
     if views.depths is not None:
         depth = views.depths[0]
         known = depth[depth > 0]
@@ -98,18 +108,14 @@ def pair_pictures(
         values = torch.where(depth > 0, depth, torch.nan)
         row[f"depth of {names[0]}, {low:.2f} to {high:.2f}"] = heat(values, low, high)
         row[f"points of {names[0]} seen from B"] = reproject(views, 0, 1)[0]
-    else:
-        row[f"depth of {names[0]}: none"] = _grey(first)
+        if masks is not None:
+            row[f"masks of {names[0]} seen from B"] = reproject(views, 0, 1, masks)[0]
     row[f"B: {names[1]}"] = second
     chosen = np.unique(np.linspace(0, matches.shape[1] - 1, LINES).round().astype(int)) if matches.shape[1] else []
     drawn = draw_epipolar_lines(views, matches[:, chosen] if len(chosen) else matches)
     row[f"matches in {names[0]}"] = drawn[0]
     row[f"the same in {names[1]}, with their epipolar lines"] = drawn[1]
     return row
-
-
-def _grey(picture: Float[Tensor, "H W 3"]) -> Float[Tensor, "H W 3"]:
-    return torch.full_like(picture, 0.3)
 
 
 def draw_epipolar_lines(
