@@ -1,19 +1,37 @@
-"""``snd-data``: make data ready for training."""
+"""``snd-data``: commands on datasets."""
 
-import tyro
+import sys
+from importlib import import_module
 
-from snd_nerfstudio.errors import show_input_errors_without_traceback
-from snd_nerfstudio.scenes.toolkit.command import ConvertScanNetpp
+from snd_nerfstudio.errors import InputError, show_input_errors_without_traceback
 
-COMMANDS: dict[str, type] = {
-    "scannetpp": ConvertScanNetpp,
+COMMANDS: dict[str, tuple[str, str]] = {
+    "scannetpp": ("snd_nerfstudio.scenes.toolkit.command", "make pinhole images, masks and depth of ScanNet++ as downloaded"),
+    "inspect": ("snd_nerfstudio.snd_inspect", "what a dataset holds, and whether its poses, depth and images agree"),
 }
+"""By name: the module, whose ``main(arguments)`` is called, and what the command does."""
+
+
+def overview() -> str:
+    """The commands, one a line."""
+    lines = [f"  {name:<12}{description}" for name, (_, description) in COMMANDS.items()]
+    return "\n".join(["usage: snd-data COMMAND [flags]; --help after a command lists its flags", "", *lines])
 
 
 def main() -> None:
-    """Entry point of ``snd-data``."""
+    """Entry point: ``snd-data COMMAND [flags]``.
+
+    Raises:
+        InputError: there is no such command.
+    """
     show_input_errors_without_traceback()
-    tyro.extras.subcommand_cli_from_dict(COMMANDS, description="Make data ready for training.").main()
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(overview())
+        return
+    if arguments[0] not in COMMANDS:
+        raise InputError(f"snd-data has no command `{arguments[0]}`: choose from {', '.join(COMMANDS)}.")
+    import_module(COMMANDS[arguments[0]][0]).main(arguments[1:])
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from nerfstudio.data.datamanagers.base_datamanager import DataManager, DataManag
 from nerfstudio.data.dataparsers.base_dataparser import DataparserOutputs
 from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackAttributes
 from nerfstudio.utils.rich_utils import CONSOLE
+from rich.progress import track
 
 from data_parsers.multi_scene import held_out_tail
 from data_parsers.nerfstudio_scenes import NerfstudioScenesConfig
@@ -19,10 +20,13 @@ from data_parsers.scannetpp import ScanNetppScenesConfig
 from snd_nerfstudio.errors import InputError
 from snd_nerfstudio.reconstruction.mvsplat.checks import MAX_ANGLE, MIN_BASELINE
 from snd_nerfstudio.scenes.frames import Frames, check_frames, depth_bounds, load_views
+from snd_nerfstudio.scenes.overlap import scene_geometry
+from snd_nerfstudio.scenes.overlap_triplets import OverlapSampler, PairLimits
 from snd_nerfstudio.scenes.prefetch import Prefetcher
 from snd_nerfstudio.scenes.triplets import (
     NO_BASELINE,
     NoTripletError,
+    SceneSampler,
     TargetView,
     TripletIndex,
     TripletSampler,
@@ -59,7 +63,18 @@ class TripletDataManagerConfig(DataManagerConfig):
     """Steps until the largest gap is max-context-gap, from initial-max-context-gap on."""
     max_context_angle: Optional[float] = None
     """Most degrees between the contexts' viewing directions; pairs beyond are left out. None: 90 where the contexts are
-    matched with each other, no limit elsewhere."""
+    matched with each other or chosen by overlap, no limit elsewhere."""
+    pairs: Literal["gap", "overlap"] = "gap"
+    """How contexts are chosen: by their gap in the capture, or by their overlap, for frames in no useful order."""
+    min_overlap: float = 0.3
+    """With pairs by overlap: smallest share of either context that the other one sees too."""
+    max_overlap: float = 0.8
+    """With pairs by overlap: largest such share; frames that show nearly the same teach little."""
+    min_context_baseline: Optional[float] = None
+    """With pairs by overlap: shortest distance between the contexts' cameras, world units. None: just not the same
+    place."""
+    max_context_baseline: Optional[float] = None
+    """With pairs by overlap: longest distance between the contexts' cameras, world units. None: no limit."""
     target_view: Optional[TargetView] = None
     """Where the target lies: strictly `between` the contexts, `between_or_context`, or at a `context` (ablation E).
     None: by the profile (between)."""
@@ -187,14 +202,16 @@ class TripletDataManager(DataManager):
     @property
     def max_context_angle(self) -> Optional[float]:
         """Most degrees between the contexts' viewing directions, or None."""
-        if self.config.max_context_angle is None and self.needs_overlap:
+        if self.config.max_context_angle is None and (self.needs_overlap or self.config.pairs == "overlap"):
             return MATCHING_ANGLE
         return self.config.max_context_angle
 
     @property
     def min_baseline(self) -> float:
         """Shortest distance between the contexts' cameras, world units."""
-        return MIN_BASELINE * min(self.config.near or 1, 1) if self.needs_overlap else NO_BASELINE
+        needed = MIN_BASELINE * min(self.config.near or 1, 1) if self.needs_overlap else NO_BASELINE
+        given = self.config.min_context_baseline
+        return needed if given is None else max(given, needed)
 
     def max_context_gap(self, step: int) -> int:
         """The largest gap between contexts that a training step may draw."""
@@ -223,6 +240,39 @@ class TripletDataManager(DataManager):
                 f"--pipeline.datamanager.max-context-angle {angle:g}: give degrees above 0 and up to {widest:g}"
                 f"{', beyond which MVSplat takes no pair.' if self.needs_overlap else ' (no limit).'}"
             )
+
+        self._check_pairs()
+
+    def _check_pairs(self) -> None:
+        config = self.config
+        if config.pairs == "overlap":
+            if config.min_context_baseline is not None and not config.min_context_baseline >= 0:
+                raise InputError(
+                    f"--pipeline.datamanager.min-context-baseline {config.min_context_baseline:g}: give a distance "
+                    "in world units, 0 or more."
+                )
+            self._pair_limits.check()
+            if config.gap_warmup_steps or config.initial_max_context_gap is not None:
+                raise InputError(
+                    "--pipeline.datamanager.initial-max-context-gap and --pipeline.datamanager.gap-warmup-steps are "
+                    "of gaps: leave them out with --pipeline.datamanager.pairs overlap."
+                )
+        elif config.min_context_baseline is not None or config.max_context_baseline is not None:
+            raise InputError(
+                "--pipeline.datamanager.min-context-baseline and --pipeline.datamanager.max-context-baseline limit "
+                "pairs chosen by overlap: add --pipeline.datamanager.pairs overlap, or leave them out."
+            )
+
+    @property
+    def _pair_limits(self) -> PairLimits:
+        config = self.config
+        return PairLimits(
+            min_overlap=config.min_overlap,
+            max_overlap=config.max_overlap,
+            min_baseline=self.min_baseline,
+            max_baseline=config.max_context_baseline,
+            max_angle=self.max_context_angle,
+        )
 
     def _check_gap_growth(self) -> None:
         config = self.config
@@ -258,10 +308,12 @@ class TripletDataManager(DataManager):
         kept = order if self.config.all_scenes else order[: len(order) - tail]
         return subset(train, kept), subset(train, order[len(order) - tail :])
 
-    def _prepare(self, outputs: DataparserOutputs) -> tuple[Frames, TripletSampler]:
+    def _prepare(self, outputs: DataparserOutputs) -> tuple[Frames, SceneSampler]:
         config = self.config
         frames = to_frames(outputs)
         check_frames(frames, self.with_masks, self.needs_depth)
+        if config.pairs == "overlap":
+            return frames, self._overlap_sampler(frames)
         sampler = TripletSampler(
             frames.scene_index,
             frames.frame_order,
@@ -275,6 +327,29 @@ class TripletDataManager(DataManager):
         )
         return frames, sampler
 
+    def _overlap_sampler(self, frames: Frames) -> OverlapSampler:
+        config, with_depth = self.config, frames.has_depth
+        if not with_depth and (config.near is None or config.far is None):
+            CONSOLE.log(
+                "[yellow]No depth maps: overlaps are those of frusta, and near and far are guessed from how far the "
+                "cameras are spread; --pipeline.datamanager.near and --pipeline.datamanager.far say better."
+            )
+        return OverlapSampler(
+            frames.scene_index,
+            frames.frame_order,
+            lambda indices: scene_geometry(frames, indices, config.near, config.far, with_depth),
+            frames.scene_names,
+            self._pair_limits,
+            config.target_view,  # type: ignore
+            lambda scenes: track(
+                scenes,
+                f"Overlaps from {'depth maps' if with_depth else 'frusta'}",
+                total=len(frames.scene_names),
+                console=CONSOLE,
+                transient=True,
+            ),
+        )
+
     def _report(self) -> None:
         sampler, frames = self.triplets, self.train_frames
         CONSOLE.log(
@@ -285,7 +360,7 @@ class TripletDataManager(DataManager):
             CONSOLE.log(f"[yellow]Without a context pair, left out: {', '.join(sampler.skipped_scenes[:10])}")
         if sampler.zero_baseline_pairs:
             CONSOLE.log(f"[yellow]{sampler.zero_baseline_pairs} context pairs without baseline are left out.")
-        if sampler.opposite_pairs:
+        if sampler.opposite_pairs and self.config.pairs == "gap":
             CONSOLE.log(
                 f"[yellow]{sampler.opposite_pairs} context pairs that look more than {sampler.max_angle:g} degrees "
                 "apart are left out."

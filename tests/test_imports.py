@@ -30,6 +30,11 @@ def test_what_the_entry_points_load_is_light():
     assert run(program).strip() == "[]"
 
 
+def test_the_data_command_loads_nothing_before_it_knows_what_to_do():
+    program = "import sys, snd_nerfstudio.snd_data; print([m for m in ('torch', 'nerfstudio') if m in sys.modules])"
+    assert run(program).strip() == "[]"
+
+
 def test_the_core_packages_do_not_import_nerfstudio():
     program = """
 import sys, importlib, pkgutil, snd_nerfstudio

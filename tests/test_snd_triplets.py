@@ -372,3 +372,82 @@ def test_a_pool_may_have_several_targets_per_pair(rooms):
     (triplet,) = data.next_train(0)
     assert triplet.target.images.shape == (3, 3, 28, 42)
     assert len({data.step_indices(step)[0] for step in range(8)}) == 4
+
+
+# ---------------------------------------------------------------------- contexts chosen by overlap
+
+
+@pytest.fixture
+def unordered(capture) -> Path:
+    """The capture under names that say nothing about its order."""
+    content = json.loads((capture / "transforms.json").read_text())
+    places = np.random.default_rng(0).permutation(len(content["frames"]))
+    for place, frame in zip(places, content["frames"], strict=True):
+        name = f"images/photo_{place:03d}.JPG"
+        (capture / frame["file_path"]).rename(capture / name)
+        frame["file_path"] = name
+    (capture / "transforms.json").write_text(json.dumps(content))
+    return capture
+
+
+def by_overlap(data: Path, **settings):
+    settings = {"dataparser": NerfstudioScenesConfig(), "masks": "none", "pairs": "overlap", **settings}
+    return manager(data, **settings)
+
+
+def test_pairs_by_overlap_need_no_order(unordered, capsys):
+    data, again = by_overlap(unordered), by_overlap(unordered)
+    for step in (0, 1, 2):
+        (triplet,), (same,) = data.next_train(step), again.next_train(step)
+        assert triplet.describe() == same.describe()
+    poses = data.train_frames.camera_to_worlds
+    for step in range(40):
+        (index,) = data.step_indices(step)
+        left, right = index.context
+        assert 0.3 - 1e-2 <= data.triplets.overlap(left, right) <= 0.8 + 1e-2
+        assert (poses[left, :3, 2] * poses[right, :3, 2]).sum() >= 0
+        own = data.triplets.overlap(left, right)
+        assert min(data.triplets.overlap(frame, index.target) for frame in index.context) >= own
+    assert data.num_eval_triplets == 4 and data.shown_indices(data.shown_scenes[0])[0]
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "Training on 44 frames of 1 scenes" in printed and "frusta" not in printed
+
+
+def test_pairs_by_overlap_of_frusta_where_there_is_no_depth(unordered, capsys):
+    content = json.loads((unordered / "transforms.json").read_text())
+    for frame in content["frames"]:
+        del frame["depth_file_path"]
+    (unordered / "transforms.json").write_text(json.dumps(content))
+    assert by_overlap(unordered).triplets.num_pairs > 50
+    assert "overlaps are those of frusta, and near and far are guessed" in " ".join(capsys.readouterr().out.split())
+    given = by_overlap(unordered, near=0.7, far=8.0)
+    assert given.triplets.num_pairs > 50 and "guessed" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"min_overlap": 0.9}, "min-overlap 0.9 and --pipeline.datamanager.max-overlap 0.8"),
+        ({"min_context_baseline": 50.0}, "largest overlap of two frames: .*raise --pipeline.datamanager.max-overlap"),
+        ({"min_context_baseline": -1.0}, "--pipeline.datamanager.min-context-baseline -1: give a distance"),
+        ({"min_context_baseline": 2.0, "max_context_baseline": 1.0}, "0 <= min < max"),
+        ({"initial_max_context_gap": 9, "gap_warmup_steps": 5}, "are of gaps: leave them out"),
+        ({"pairs": "gap", "max_context_baseline": 1.0}, "add --pipeline.datamanager.pairs overlap"),
+    ],
+)
+def test_what_is_wrong_with_the_limits_of_overlap_is_said(unordered, settings, message):
+    with pytest.raises(InputError, match=message):
+        by_overlap(unordered, **settings)
+
+
+def test_training_with_pairs_by_overlap(unordered, tiny_config, clean_writers):
+    tiny_config.data = tiny_config.pipeline.datamanager.data = unordered
+    datamanager = tiny_config.pipeline.datamanager
+    datamanager.dataparser, datamanager.masks, datamanager.pairs = NerfstudioScenesConfig(), "none", "overlap"
+    tiny_config.max_num_iterations = 2
+    tiny_config.steps_per_save = 2
+    trainer = tiny_config.setup(local_rank=0, world_size=1)
+    trainer.setup()
+    trainer.train()
+    assert trainer.pipeline.datamanager.triplets.num_pairs > 50
+    assert list((tiny_config.get_base_dir() / "nerfstudio_models").glob("*.ckpt"))

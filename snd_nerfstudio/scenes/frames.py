@@ -326,6 +326,24 @@ def _read_depth(file: Path, scale: float, image_shape: tuple[int, ...]) -> Float
     return _nearest(depth, height, width)
 
 
+def load_depth(frames: Frames, index: int, size: tuple[int, int]) -> Float[np.ndarray, "h w"]:
+    """Decode the depth map of one frame and resize it by nearest neighbour; lens distortion stays.
+
+    Args:
+        frames: the dataset.
+        index: which frame.
+        size: height and width to resize to.
+
+    Returns:
+        World units, 0 = no value.
+
+    Raises:
+        InputError: the file is missing, corrupt or of another shape than its image; the message names it.
+    """
+    file = _file_of(frames.depth_files, index, frames.image_files[index], "depth")
+    return _nearest(_read_depth(file, frames.depth_unit(index), _stored_size(frames, index)), *size)
+
+
 def _nearest(values: np.ndarray, height: int, width: int) -> np.ndarray:
     """Nearest-neighbour resize at pixel centres."""
     if values.shape == (height, width):

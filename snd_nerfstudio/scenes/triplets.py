@@ -4,6 +4,7 @@ Every valid context pair is enumerated once, so a draw cannot fail and needs no 
 ``(seed, step, rank, item)`` alone, so a resumed run sees exactly the triplets it would have seen.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Optional
@@ -44,7 +45,70 @@ def growing_gap(step: int, initial: int, final: int, warmup_steps: int) -> int:
     return min(initial + (final - initial) * step // warmup_steps, final)
 
 
-class TripletSampler:
+class SceneSampler(ABC):
+    """What every way of choosing triplets has in common: scenes, some of which give triplets."""
+
+    scene_names: tuple[str, ...]
+    """Of all scenes."""
+    usable_scenes: Int[np.ndarray, "n"]
+    """Numbers of the scenes that give triplets."""
+    max_angle: Optional[float] = None
+    """Largest angle between the contexts' viewing directions in degrees, or None."""
+    zero_baseline_pairs: int = 0
+    """Context pairs that were left out because their cameras are at the same place, or too near to each other."""
+    opposite_pairs: int = 0
+    """Context pairs that were left out because they look too far apart."""
+
+    @property
+    @abstractmethod
+    def num_pairs(self) -> int:
+        """How many valid context pairs there are."""
+
+    @abstractmethod
+    def draw(
+        self, seed: int, step: int, rank: int = 0, item: int = 0, max_gap: Optional[int] = None, targets: int = 1
+    ) -> TripletIndex:
+        """One random triplet, a function of the arguments alone.
+
+        Args:
+            seed: of the run.
+            step: of training.
+            rank: of the process.
+            item: of the step.
+            max_gap: largest gap for now, where pairs have one.
+            targets: how many different targets, or as many as there are.
+        """
+
+    @abstractmethod
+    def spread_over(self, scene: int, count: int) -> list[TripletIndex]:
+        """At most ``count`` triplets spread evenly over one usable scene's path, targets in the middle."""
+
+    @property
+    def skipped_scenes(self) -> list[str]:
+        """Names of the scenes that give no triplet: too short, or without a pair that can be reconstructed."""
+        usable = set(self.usable_scenes.tolist())
+        return [name for scene, name in enumerate(self.scene_names) if scene not in usable]
+
+    def spread(self, count: int) -> list[TripletIndex]:
+        """A fixed list of at most ``count`` triplets spread evenly over scenes and paths, target in the middle."""
+        chosen: list[TripletIndex] = []
+        per_scene = np.bincount(np.arange(count) % len(self.usable_scenes), minlength=len(self.usable_scenes))
+        for scene, wanted in zip(self.usable_scenes.tolist(), per_scene.tolist(), strict=True):
+            chosen += self.spread_over(scene, wanted)
+        return chosen
+
+
+def pick_targets(
+    generator: np.random.Generator, choices: Int[np.ndarray, "n"], targets: int
+) -> tuple[int, tuple[int, ...]]:
+    """A target, and the further ones if there shall be more; the first does not depend on how many are asked for."""
+    target = int(generator.choice(choices))
+    others = choices[choices != target]
+    more = generator.choice(others, min(targets - 1, len(others)), replace=False) if targets > 1 else ()
+    return target, tuple(int(frame) for frame in more)
+
+
+class TripletSampler(SceneSampler):
     """Draws triplets from scenes whose frames are ordered along a camera path (paper section 3.1).
 
     Args:
@@ -157,12 +221,6 @@ class TripletSampler:
         )
 
     @property
-    def skipped_scenes(self) -> list[str]:
-        """Names of the scenes that give no triplet: too short, or without a pair that can be reconstructed."""
-        usable = set(self.usable_scenes.tolist())
-        return [name for scene, name in enumerate(self.scene_names) if scene not in usable]
-
-    @property
     def num_pairs(self) -> int:
         """How many valid context pairs there are."""
         return sum(len(pairs) for scene in self._pairs for pairs in scene.values())
@@ -202,18 +260,7 @@ class TripletSampler:
         gap = int(generator.choice(np.array(gaps)))
         left, right = (int(frame) for frame in pairs[gap][generator.integers(len(pairs[gap]))])
         choices = self._targets(scene, left, right)
-        target = int(generator.choice(choices))
-        others = choices[choices != target]
-        more = generator.choice(others, min(targets - 1, len(others)), replace=False) if targets > 1 else ()
-        return TripletIndex((left, right), target, tuple(int(frame) for frame in more))
-
-    def spread(self, count: int) -> list[TripletIndex]:
-        """A fixed list of at most ``count`` triplets spread evenly over scenes and paths, target in the middle."""
-        chosen: list[TripletIndex] = []
-        per_scene = np.bincount(np.arange(count) % len(self.usable_scenes), minlength=len(self.usable_scenes))
-        for scene, wanted in zip(self.usable_scenes.tolist(), per_scene.tolist(), strict=True):
-            chosen += self.spread_over(scene, wanted)
-        return chosen
+        return TripletIndex((left, right), *pick_targets(generator, choices, targets))
 
     def spread_over(self, scene: int, count: int) -> list[TripletIndex]:
         """At most ``count`` triplets spread evenly over one usable scene's path, targets in the middle."""

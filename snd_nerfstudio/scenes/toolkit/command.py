@@ -62,3 +62,10 @@ class ConvertScanNetpp:
         if not classes or len(set(classes)) < len(classes):
             raise InputError(f"--semantic-classes {self.semantic_classes} must hold one class a line, each once.")
         return classes
+
+
+def main(arguments: list[str]) -> None:
+    """``snd-data scannetpp`` with these flags."""
+    import tyro
+
+    tyro.cli(ConvertScanNetpp, args=arguments, prog="snd-data scannetpp").main()
