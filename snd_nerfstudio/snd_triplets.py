@@ -20,6 +20,7 @@ from snd_nerfstudio.errors import InputError
 from snd_nerfstudio.reconstruction.mvsplat.checks import MAX_ANGLE, MIN_BASELINE
 from snd_nerfstudio.scenes.frames import Frames, check_frames, depth_bounds, load_views
 from snd_nerfstudio.scenes.masks.maker import MaskMaker, MaskSource, build_mask_maker, mask_folder
+from snd_nerfstudio.scenes.masks.sam import SamSettings
 from snd_nerfstudio.scenes.masks.superpixels import SuperpixelSettings
 from snd_nerfstudio.scenes.prefetch import Prefetcher
 from snd_nerfstudio.scenes.triplets import (
@@ -72,6 +73,8 @@ class TripletDataManagerConfig(DataManagerConfig):
     blending)."""
     superpixels: SuperpixelSettings = SuperpixelSettings()  # as a default of the class old runs find it too
     """Of --pipeline.datamanager.masks superpixel."""
+    sam: SamSettings = SamSettings()
+    """Of --pipeline.datamanager.masks sam."""
     mask_cache: Optional[Path] = None
     """Folder that keeps the masks that are made, by the content of the images and the settings. None: .snd_masks in the
     dataset's folder. snd-data masks fills it ahead of training."""
@@ -138,7 +141,7 @@ class TripletDataManager(DataManager):
         self.train_dataparser_outputs = train_outputs
         folder = mask_folder(config.mask_cache, config.dataparser.data)
         self.mask_maker: Optional[MaskMaker] = build_mask_maker(
-            config.masks, config.superpixels, None, folder, CONSOLE.log
+            config.masks, config.superpixels, config.sam, folder, CONSOLE.log
         )
         self.train_frames, self.triplets = self._prepare(train_outputs)
         self._report()

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int, UInt8
 from snd_nerfstudio.checksums import sha256
 from snd_nerfstudio.errors import InputError
 from snd_nerfstudio.scenes.masks.cache import MaskCache
+from snd_nerfstudio.scenes.masks.sam import SamSegmenter, SamSettings
 from snd_nerfstudio.scenes.masks.superpixels import SuperpixelSegmenter, SuperpixelSettings
 
 MaskSource = Literal["stored", "sam", "superpixel", "none"]
@@ -130,7 +131,7 @@ def mask_folder(cache: Path | None, data: Path) -> Path:
 def build_mask_maker(
     masks: MaskSource,
     superpixels: SuperpixelSettings,
-    sam: Any,
+    sam: SamSettings,
     folder: Path,
     log: Callable[[str], Any] = print,
 ) -> MaskMaker | None:
@@ -139,7 +140,7 @@ def build_mask_maker(
     Args:
         masks: which kind.
         superpixels: settings of ``superpixel``.
-        sam: `sam.SamSettings` of ``sam``.
+        sam: settings of ``sam``.
         folder: where masks are kept.
         log: for what the user should know.
 
@@ -149,7 +150,5 @@ def build_mask_maker(
     if masks == "superpixel":
         return MaskMaker(SuperpixelSegmenter(superpixels), folder, log)
     if masks == "sam":
-        from snd_nerfstudio.scenes.masks.sam import SamSegmenter
-
         return MaskMaker(SamSegmenter(sam, log), folder, log)
     return None

@@ -14,6 +14,7 @@ from PIL import Image
 from snd_nerfstudio.errors import InputError
 from snd_nerfstudio.scenes.frames import Frames, load_views, read_mask
 from snd_nerfstudio.scenes.masks.maker import MaskMaker, build_mask_maker, mask_folder
+from snd_nerfstudio.scenes.masks.sam import SamSettings
 from snd_nerfstudio.scenes.masks.superpixels import SuperpixelSegmenter, SuperpixelSettings
 
 SETTINGS = SuperpixelSettings(regions=20)
@@ -162,7 +163,7 @@ def test_where_masks_are_kept(tmp_path):
 
 @pytest.mark.parametrize("kind", ["stored", "none"])
 def test_nothing_is_made_or_opened_where_nothing_is_asked_for(tmp_path, kind):
-    assert build_mask_maker(kind, SETTINGS, None, tmp_path / "cache") is None and not list(tmp_path.iterdir())
+    assert build_mask_maker(kind, SETTINGS, SamSettings(), tmp_path / "cache") is None and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("suffix", ["tiff", "npy", "png"])
