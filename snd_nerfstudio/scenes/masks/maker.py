@@ -66,6 +66,8 @@ class MaskMaker:
     def __init__(self, segmenter: Any, folder: Path, log: Callable[[str], Any] = print) -> None:
         self.segmenter = segmenter
         self.cache = MaskCache(folder, segmenter.name, segmenter.description, log)
+        self.ahead = False
+        """Whether masks are made ahead of training, which slow ones should be."""
         self._log = log
         self._told = False
         self._locks = [threading.Lock() for _ in range(STRIPES)]
@@ -104,7 +106,7 @@ class MaskMaker:
             found = self.cache.get(key)
             if found is not None and found.shape == tuple(origin.size):
                 return found
-            if self.segmenter.slow and not self._told:
+            if self.segmenter.slow and not self.ahead and not self._told:
                 self._told = True
                 self._log(
                     "[yellow]Masks are made with SAM while they are asked for, which is slow: `snd-data masks --masks "

@@ -117,6 +117,15 @@ class SamSegmenter:
             self._model = _load(self.folder, self.model_type, self.settings)
         return self._model
 
+    def get_ready(self) -> None:
+        """Load the model, if it is not loaded yet.
+
+        Raises:
+            InputError: it cannot be loaded.
+        """
+        with self._lock:
+            assert self.model is not None
+
     def segment(
         self,
         image: UInt8[np.ndarray, "H W 3"],

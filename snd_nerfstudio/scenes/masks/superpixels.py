@@ -72,6 +72,9 @@ class SuperpixelSegmenter:
         """All that decides on the regions of an image."""
         return {"version": VERSION, "scikit-image": version("scikit-image"), **asdict(self.settings)}
 
+    def get_ready(self) -> None:
+        """Nothing has to be loaded."""
+
     def segment(
         self,
         image: UInt8[np.ndarray, "H W 3"],
