@@ -6,7 +6,8 @@ from importlib import import_module
 from snd_nerfstudio.errors import InputError, show_input_errors_without_traceback
 
 COMMANDS: dict[str, tuple[str, str]] = {
-    "scannetpp": ("snd_nerfstudio.scenes.toolkit.command", "make pinhole images, masks and depth of ScanNet++ as downloaded"),
+    "scannetpp": ("snd_nerfstudio.scenes.toolkit.command", "make pinhole images, masks and depth of a download"),
+    "masks": ("snd_nerfstudio.snd_data_masks", "make the instance masks of a dataset ahead of training"),
     "inspect": ("snd_nerfstudio.snd_inspect", "what a dataset holds, and whether its poses, depth and images agree"),
 }
 """By name: the module, whose ``main(arguments)`` is called, and what the command does."""

@@ -14,6 +14,7 @@ from snd_nerfstudio.profiles import resolve
 from snd_nerfstudio.reconstruction.mvsplat.checkpoints import EXTRA_STATE
 from snd_nerfstudio.reconstruction.mvsplat.settings import MVSplatSettings, NetworkSizes
 from snd_nerfstudio.reconstruction.quality import context_depths, reconstruction_quality
+from snd_nerfstudio.scenes.masks.maker import MaskSource
 from snd_nerfstudio.scenes.views import ViewTriplet
 from snd_nerfstudio.snd_mvsplat_model import MVSplatModel, MVSplatModelConfig
 from snd_nerfstudio.snd_triplet_pipeline import (
@@ -34,7 +35,7 @@ class MVSplatDataManagerConfig(TripletDataManagerConfig):
 
     _target: Type = field(default_factory=lambda: MVSplatDataManager)
     """Target class to instantiate."""
-    masks: Literal["stored", "none"] = "none"
+    masks: MaskSource = "none"
     """Instance masks are not used here."""
     targets_per_pair: int = 4
     """Target views rendered from each pair of contexts; rendering costs little beside the network."""

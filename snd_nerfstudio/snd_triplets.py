@@ -20,6 +20,9 @@ from data_parsers.scannetpp import ScanNetppScenesConfig
 from snd_nerfstudio.errors import InputError
 from snd_nerfstudio.reconstruction.mvsplat.checks import MAX_ANGLE, MIN_BASELINE
 from snd_nerfstudio.scenes.frames import Frames, check_frames, depth_bounds, load_views
+from snd_nerfstudio.scenes.masks.maker import MaskMaker, MaskSource, build_mask_maker, mask_folder
+from snd_nerfstudio.scenes.masks.sam import SamSettings
+from snd_nerfstudio.scenes.masks.superpixels import SuperpixelSettings
 from snd_nerfstudio.scenes.overlap import scene_geometry
 from snd_nerfstudio.scenes.overlap_triplets import OverlapSampler, PairLimits
 from snd_nerfstudio.scenes.prefetch import Prefetcher
@@ -80,8 +83,16 @@ class TripletDataManagerConfig(DataManagerConfig):
     None: by the profile (between)."""
     all_scenes: Optional[bool] = None
     """Train on the held-out scenes too, as the released code does. None: by the profile."""
-    masks: Literal["stored", "none"] = "stored"
-    """Instance masks: the dataset's own, or none (plain bilinear lifting, no blending)."""
+    masks: MaskSource = "stored"
+    """Instance masks: the dataset's own, made with SAM, made of superpixels, or none (plain bilinear lifting, no
+    blending)."""
+    superpixels: SuperpixelSettings = SuperpixelSettings()  # as a default of the class old runs find it too
+    """Of --pipeline.datamanager.masks superpixel."""
+    sam: SamSettings = SamSettings()
+    """Of --pipeline.datamanager.masks sam."""
+    mask_cache: Optional[Path] = None
+    """Folder that keeps the masks that are made, by the content of the images and the settings. None: .snd_masks in the
+    dataset's folder. snd-data masks fills it ahead of training."""
     near: Optional[float] = None
     """Smallest depth that MVSplat looks for, world units. None: of the dataset, if `bounds` is scene, or else what the
     weights were trained with (released ones: 1; random ones: --pipeline.model.depth-range)."""
@@ -143,6 +154,10 @@ class TripletDataManager(DataManager):
             config.dataparser.data = Path(config.data)
         train_outputs, eval_outputs = self._parse()
         self.train_dataparser_outputs = train_outputs
+        folder = mask_folder(config.mask_cache, config.dataparser.data)
+        self.mask_maker: Optional[MaskMaker] = build_mask_maker(
+            config.masks, config.superpixels, config.sam, folder, CONSOLE.log
+        )
         self.train_frames, self.triplets = self._prepare(train_outputs)
         self._report()
         self.eval_frames: Optional[Frames] = None
@@ -196,8 +211,8 @@ class TripletDataManager(DataManager):
 
     @property
     def with_masks(self) -> bool:
-        """Whether instance masks are read."""
-        return self.config.masks == "stored"
+        """Whether views have instance masks, read or made."""
+        return self.config.masks != "none"
 
     @property
     def max_context_angle(self) -> Optional[float]:
@@ -311,7 +326,7 @@ class TripletDataManager(DataManager):
     def _prepare(self, outputs: DataparserOutputs) -> tuple[Frames, SceneSampler]:
         config = self.config
         frames = to_frames(outputs)
-        check_frames(frames, self.with_masks, self.needs_depth)
+        check_frames(frames, self.config.masks == "stored", self.needs_depth)
         if config.pairs == "overlap":
             return frames, self._overlap_sampler(frames)
         sampler = TripletSampler(
@@ -385,6 +400,7 @@ class TripletDataManager(DataManager):
             "context_pairs": self.triplets.num_pairs,
             "held_out_frames": len(self.eval_frames) if self.eval_frames is not None else 0,
             "instance_masks": self.with_masks,
+            "mask_source": self.config.masks,
             "image_size": list(self.size),
         }
 
@@ -401,7 +417,7 @@ class TripletDataManager(DataManager):
         all_depth = with_depth and frames.has_depth
 
         def views(indices: list[int], depth: bool) -> Views:
-            return load_views(frames, indices, self.size, self.with_masks, depth)
+            return load_views(frames, indices, self.size, self.config.masks == "stored", depth, self.mask_maker)
 
         return ViewTriplet(
             context=views(list(index.context), all_depth or self.needs_depth),

@@ -12,6 +12,7 @@ from data_parsers.nerfstudio_scenes import NerfstudioScenesConfig
 from snd_nerfstudio.errors import InputError
 from snd_nerfstudio.profiles import resolve
 from snd_nerfstudio.scenes.frames import load_views
+from snd_nerfstudio.scenes.masks.superpixels import SuperpixelSettings
 from snd_nerfstudio.scenes.views import Views
 from snd_nerfstudio.snd_mvsplat_pipeline import MVSplatDataManagerConfig
 from snd_nerfstudio.snd_triplets import VIEWER_TRIPLETS, TripletDataManagerConfig
@@ -123,6 +124,32 @@ def test_a_single_capture_without_masks(capture):
     assert triplet.context.masks is None and data.num_eval_triplets == 4
 
 
+def test_a_capture_without_masks_is_given_superpixels_that_are_kept_beside_it(capture):
+    data = manager(capture, dataparser=NerfstudioScenesConfig(), masks="superpixel")
+    assert data.with_masks and data.summary["mask_source"] == "superpixel"
+    (triplet,) = data.next_train(0)
+    assert triplet.context.masks.shape == (2, 56, 84) and 50 < triplet.target.masks.max() < 250
+    assert triplet.target.masks.min() == 1
+    wanted = {name for index in (0, 1) for name in data.next_train(index)[0].context.names}
+    again = manager(capture, dataparser=NerfstudioScenesConfig(), masks="superpixel")
+    (same,) = again.next_train(0)
+    assert torch.equal(same.context.masks, triplet.context.masks) and again.mask_maker.cache.statistics.found >= 3
+    assert len(list((capture / ".snd_masks").rglob("*.png"))) >= len(wanted)
+
+
+def test_masks_are_kept_where_the_user_says(capture, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("elsewhere")
+    data = manager(capture, dataparser=NerfstudioScenesConfig(), masks="superpixel", mask_cache=folder / "masks")
+    data.next_train(0)
+    assert list((folder / "masks").rglob("*.png")) and not (capture / ".snd_masks").exists()
+
+
+def test_a_dataset_that_cannot_be_written_to_names_the_flag(capture):
+    (capture / ".snd_masks").write_text("in the way")
+    with pytest.raises(InputError, match="--pipeline.datamanager.mask-cache"):
+        manager(capture, dataparser=NerfstudioScenesConfig(), masks="superpixel")
+
+
 def test_any_other_dataparser_is_one_scene_whose_depth_follows_its_scaling(capture):
     parser = NerfstudioDataParserConfig()
     data = manager(capture, dataparser=parser, masks="none")
@@ -152,7 +179,8 @@ def test_too_few_frames_to_hold_some_out_is_said_and_not_fatal(capture, capsys):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"masks": "stored"}, "--pipeline.datamanager.masks none"),
+        ({"masks": "stored"}, "--pipeline.datamanager.masks superpixel.*--pipeline.datamanager.masks none"),
+        ({"masks": "superpixel", "superpixels": SuperpixelSettings(regions=0)}, "superpixels.regions 0: give"),
         ({"image_size": (7, 84)}, "image-size"),
         ({"workers": 0}, "--pipeline.datamanager.workers must be at least 1"),
         ({"triplet_pool": 0}, "--pipeline.datamanager.triplet-pool must be at least 1"),

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int, UInt8
 from PIL import Image, UnidentifiedImageError
 
 from snd_nerfstudio.errors import InputError
+from snd_nerfstudio.scenes.masks.maker import FramePixels, MaskMaker, MaskOrigin
 from snd_nerfstudio.scenes.saved_ids import read_saved_ids
 from snd_nerfstudio.scenes.views import Views
 
@@ -22,7 +23,7 @@ HEADERS_CHECKED = 10_000
 """Of larger datasets this many headers, evenly spread, are read before training."""
 SAVED_IDS = ".pth"
 """Ending of instance ids that ScanNet++'s toolkit saves with torch."""
-MASK_MODES = ("L", "P", "I", "I;16", "1")
+MASK_MODES = ("L", "P", "I", "I;16", "I;16B", "1")
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,10 @@ def _check_files_exist(frames: Frames, needs_masks: bool, needs_depth: bool) -> 
         ("image", frames.image_files, "restore it, or remove the frame from the scene's transforms file")
     ]
     if needs_masks:
-        remedy = "instance masks are needed; without them use --pipeline.datamanager.masks none"
+        remedy = (
+            "instance masks are needed; without them use --pipeline.datamanager.masks superpixel, which makes some, "
+            "or --pipeline.datamanager.masks none"
+        )
         wanted.append(("instance mask", frames.mask_files, remedy))
     if needs_depth:
         wanted.append(("depth map", frames.depth_files, "the `depth` reconstructor needs one for every frame"))
@@ -178,6 +182,9 @@ def _check_headers(frames: Frames, needs_masks: bool) -> None:
 def _header_size(file: Path, kind: str) -> tuple[int, int]:
     """Height and width that an image file states."""
     try:
+        if file.suffix == ".npy":
+            height, width = np.load(file, mmap_mode="r", allow_pickle=False).shape[:2]
+            return height, width
         with Image.open(file) as image:
             return image.height, image.width
     except UNREADABLE as error:
@@ -206,7 +213,12 @@ def _check_mask_size(file: Path, size: tuple[int, ...], image_size: tuple[int, .
 
 
 def load_views(
-    frames: Frames, indices: Sequence[int], size: tuple[int, int], with_masks: bool, with_depth: bool
+    frames: Frames,
+    indices: Sequence[int],
+    size: tuple[int, int],
+    with_masks: bool,
+    with_depth: bool,
+    mask_maker: Optional[MaskMaker] = None,
 ) -> Views:
     """Decode and resize some frames.
 
@@ -217,8 +229,9 @@ def load_views(
         frames: the dataset.
         indices: which frames.
         size: height and width to resize to.
-        with_masks: read instance masks.
+        with_masks: read the dataset's instance masks.
         with_depth: read depth maps.
+        mask_maker: makes instance masks instead, at the size that is resized to.
 
     Returns:
         Views on the CPU, float32.
@@ -242,12 +255,14 @@ def load_views(
             depth_file = _file_of(frames.depth_files, index, image_file, "depth")
             depth = _read_depth(depth_file, frames.depth_unit(index), image.shape)
         matrix = frames.intrinsics[index].astype(np.float64)
-        if frames.distortion is not None and np.abs(frames.distortion[index]).max() > 0:
-            image, mask, depth, matrix = _undistort(image, mask, depth, matrix, frames.distortion[index])
+        if _is_distorted(frames, index):
+            image, mask, depth, matrix = _undistort(image, mask, depth, matrix, frames.distortion[index])  # type: ignore
         resizing = np.array([width / image.shape[1], height / image.shape[0], 1.0])
         intrinsics.append(torch.from_numpy((resizing[:, None] * matrix).astype(np.float32)))
         resized = Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)
         images.append(torch.from_numpy(np.asarray(resized).copy()).permute(2, 0, 1).float() / 255)
+        if mask_maker is not None:
+            mask = _made_mask(frames, index, size, mask_maker, np.asarray(resized))
         if mask is not None:
             masks.append(torch.from_numpy(_compact(_nearest(mask, height, width))))
         if depth is not None:
@@ -261,6 +276,53 @@ def load_views(
         depths=torch.stack(depths) if depths else None,
         names=tuple(frames.image_files[index].name for index in indices),
     )
+
+
+def mask_origin(frames: Frames, index: int, size: tuple[int, int], uses_depth: bool) -> MaskOrigin:
+    """What the mask of a frame is made of, where masks are not stored.
+
+    Args:
+        frames: the dataset.
+        index: which frame.
+        size: height and width at which it is trained.
+        uses_depth: whether masks follow depth maps; a frame without one does without.
+    """
+    depth_file = frames.depth_files[index] if uses_depth and frames.depth_files is not None else None
+    if depth_file is not None and not depth_file.is_file():
+        depth_file = None
+    camera: list[float] = []
+    distorted = _is_distorted(frames, index)
+    if distorted or depth_file is not None:
+        camera += frames.intrinsics[index].flatten().tolist()
+    if distorted:
+        camera += frames.distortion[index].tolist()  # type: ignore
+    if depth_file is not None:
+        camera.append(frames.depth_unit(index))
+    return MaskOrigin(frames.image_files[index], size, depth_file, tuple(float(value) for value in camera))
+
+
+def _made_mask(
+    frames: Frames, index: int, size: tuple[int, int], maker: MaskMaker, image: UInt8[np.ndarray, "h w 3"]
+) -> Int[np.ndarray, "h w"]:
+    """A frame's mask from the maker's cache, or of its image as it is trained and, where there is one, its depth."""
+    origin = mask_origin(frames, index, size, maker.uses_depth)
+
+    def pixels() -> FramePixels:
+        height, width = _stored_size(frames, index)
+        matrix, depth = frames.intrinsics[index].astype(np.float64), None
+        if origin.depth_file is not None:
+            depth = _read_depth(origin.depth_file, frames.depth_unit(index), (height, width))
+        if _is_distorted(frames, index):
+            blank = np.zeros((height, width, 3), np.uint8)  # the image is undistorted already
+            _, _, depth, matrix = _undistort(blank, None, depth, matrix, frames.distortion[index])  # type: ignore
+        scaled = np.array([size[1] / width, size[0] / height, 1.0])[:, None] * matrix
+        return FramePixels(image, scaled, None if depth is None else _nearest(depth, *size))
+
+    return maker.mask(origin, pixels)
+
+
+def _is_distorted(frames: Frames, index: int) -> bool:
+    return frames.distortion is not None and bool(np.abs(frames.distortion[index]).max() > 0)
 
 
 def _file_of(files: Optional[Sequence[Optional[Path]]], index: int, image_file: Path, kind: str) -> Path:
@@ -281,7 +343,8 @@ def _read_image(file: Path) -> UInt8[np.ndarray, "h w 3"]:
 
 
 def read_mask(file: Path) -> Int[np.ndarray, "h w"]:
-    """Read instance ids from a single-channel 8-, 16- or 32-bit image, or from what ScanNet++'s toolkit saves (`.pth`).
+    """Read instance ids from a single-channel 8-, 16- or 32-bit image, from a ``.npy`` file of whole numbers, or from
+    what ScanNet++'s toolkit saves (``.pth``).
 
     Raises:
         InputError: the file is missing, corrupt or has colour channels.
@@ -289,6 +352,14 @@ def read_mask(file: Path) -> Int[np.ndarray, "h w"]:
     if file.suffix == SAVED_IDS:
         return read_saved_ids(file)
     try:
+        if file.suffix == ".npy":
+            ids = np.load(file, allow_pickle=False)
+            if ids.ndim != 2 or ids.dtype.kind not in "iub":
+                raise InputError(
+                    f"Instance mask {file} has shape {ids.shape} and type {ids.dtype}: it must have one channel of "
+                    "integer ids."
+                )
+            return ids.astype(np.int64)
         with Image.open(file) as image:
             if image.mode not in MASK_MODES:
                 raise InputError(
