@@ -1,7 +1,9 @@
 """``snd-data``: commands on datasets."""
 
 import sys
+from collections.abc import Sequence
 from importlib import import_module
+from typing import Optional
 
 from snd_nerfstudio.errors import InputError, show_input_errors_without_traceback
 
@@ -19,14 +21,17 @@ def overview() -> str:
     return "\n".join(["usage: snd-data COMMAND [flags]; --help after a command lists its flags", "", *lines])
 
 
-def main() -> None:
+def main(arguments: Optional[Sequence[str]] = None) -> None:
     """Entry point: ``snd-data COMMAND [flags]``.
+
+    Args:
+        arguments: instead of the command line's.
 
     Raises:
         InputError: there is no such command.
     """
     show_input_errors_without_traceback()
-    arguments = sys.argv[1:]
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(overview())
         return

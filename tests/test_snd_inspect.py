@@ -311,4 +311,4 @@ def test_the_command_ends_with_one_sentence(capture, tmp_path):
     assert result.stderr.strip().splitlines()[-1].startswith(f"Error: --data {capture}, scene capture: the camera")
     assert "inspect" in overview() and set(COMMANDS) >= {"inspect"}
     unknown = subprocess.run([sys.executable, "-c", program, "dance"], check=False, capture_output=True, text=True)
-    assert unknown.returncode == 1 and "snd-data has no command `dance`: choose from inspect" in unknown.stderr
+    assert unknown.returncode == 1 and "snd-data has no command `dance`: choose from scannetpp" in unknown.stderr
