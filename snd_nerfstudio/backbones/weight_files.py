@@ -1,32 +1,17 @@
 """Files and folders of weights: opening them without running code, and undoing nesting and prefixes."""
 
 import json
-import pickle
 import re
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
 
-import torch
 from torch import Tensor
 
 from snd_nerfstudio.errors import InputError
+from snd_nerfstudio.tensor_files import UNREADABLE, first_line, read_tensors, refused_objects
 
-UNREADABLE = (
-    RuntimeError,
-    EOFError,
-    OSError,
-    ValueError,
-    KeyError,
-    IndexError,
-    TypeError,
-    AttributeError,
-    struct.error,
-    pickle.UnpicklingError,
-)
-"""What reading a damaged file has been seen to raise."""
 MANIFEST = "manifest.json"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -144,25 +129,16 @@ def _read_json(file: Path, flag: str) -> dict[str, Any]:
 
 def _read_file(file: Path, flag: str) -> dict[str, Any]:
     """One file's content, without unpickling anything but tensors and plain values."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
 
     try:
-        if file.suffix == ".safetensors":
-            return dict(load_file(file))
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    except (*UNREADABLE, SafetensorError) as error:
-        refused = re.search(r"GLOBAL (\S+)", str(error))
+        content = read_tensors(file)
+    except UNREADABLE as error:
+        kept = "{k: v for k, v in c.items() if k == 'state_dict' or k.startswith('w_')}"
+        refused = refused_objects(error, file, kept)
         if refused is not None:
-            raise InputError(
-                f"{flag} {file} cannot be read as weights: it holds objects besides tensors and plain values "
-                f"({refused[1]}), which are not unpickled because they can run code. If you trust the file, keep its "
-                f"weights alone: python -c \"import torch; c = torch.load('{file}', map_location='cpu', "
-                "weights_only=False); torch.save({k: v for k, v in c.items() if k == 'state_dict' or "
-                "k.startswith('w_')}, 'weights.ckpt')\""
-            ) from error
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{flag} {file} cannot be read as weights ({first}): it is damaged, or none.") from error
+            raise InputError(f"{flag} {file} cannot be read as weights: it {refused}") from error
+        reason = first_line(error)
+        raise InputError(f"{flag} {file} cannot be read as weights ({reason}): it is damaged, or none.") from error
     if not isinstance(content, Mapping) or not all(isinstance(key, str) for key in content):
         raise InputError(f"{flag} {file} holds a {type(content).__name__}, no named weights.")
     if "pipeline" in content:

@@ -2,21 +2,18 @@
 
 import contextlib
 import os
-import pickle
 import re
-import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Optional
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from snd_nerfstudio.errors import InputError
 from snd_nerfstudio.reconstruction.mvsplat.settings import RE10K, Geometry, MVSplatSettings
+from snd_nerfstudio.tensor_files import UNREADABLE, first_line, read_tensors, refused_objects
 
 PREFIX = "encoder."
 """Of every network key in the released checkpoints."""
@@ -28,21 +25,6 @@ EXTRA_STATE = "_extra_state"
 UNIMATCH_UNUSED = ("feature_flow_attn.", "upsampler.")
 """The parts of UniMatch's `gmdepth` that MVSplat has no place for."""
 PUBLISHED = "https://github.com/donydchen/mvsplat"
-
-UNREADABLE = (
-    RuntimeError,
-    EOFError,
-    OSError,
-    ValueError,
-    KeyError,
-    IndexError,
-    TypeError,
-    AttributeError,
-    struct.error,
-    pickle.UnpicklingError,
-    SafetensorError,
-)
-"""What reading a damaged file has been seen to raise."""
 
 _UNET = (
     (r"stem", "input_blocks.0.0"),
@@ -223,21 +205,13 @@ def read_file(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"The checkpoint {path} does not exist.")
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = read_tensors(path)
     except UNREADABLE as error:
-        refused = re.search(r"GLOBAL (\S+)", str(error))
+        refused = refused_objects(error, path, "{'state_dict': c['state_dict']}")
         if refused is not None:
-            raise InputError(
-                f"The checkpoint {path} holds objects besides tensors and plain values ({refused[1]}), which are not "
-                'unpickled because they can run code. If you trust the file, keep its weights alone: python -c "import '
-                f"torch; c = torch.load('{path}', map_location='cpu', weights_only=False); "
-                "torch.save({'state_dict': c['state_dict']}, 'weights.ckpt')\""
-            ) from error
-        first = str(error).strip().splitlines()[:1] or [type(error).__name__]
+            raise InputError(f"The checkpoint {path} {refused}") from error
         raise InputError(
-            f"The checkpoint {path} cannot be read ({first[0]}): it is damaged, or no checkpoint."
+            f"The checkpoint {path} cannot be read ({first_line(error)}): it is damaged, or no checkpoint."
         ) from error
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise InputError(f"The checkpoint {path} holds a {type(content).__name__}, not a dictionary of named weights.")
