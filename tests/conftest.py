@@ -60,12 +60,37 @@ def clean_writers() -> Iterator[None]:
 @pytest.fixture
 def tiny_config(rooms: Path, tmp_path: Path) -> Any:
     """The real `snd-tiny` on the small rooms: a trainer config that takes well under a second a step."""
+    return small_snd_tiny(rooms, tmp_path)
+
+
+@pytest.fixture(scope="session")
+def adapted_run(rooms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The config.yml of a run whose adapters were changed by much more than its two steps; not to be written to."""
+    config = small_snd_tiny(rooms, tmp_path_factory.mktemp("run"))
+    from nerfstudio.utils import writer  # not before its methods: nerfstudio's imports go in a circle
+
+    config.max_num_iterations = 2
+    config.save_config()
+    trainer = config.setup()
+    trainer.setup()
+    with torch.no_grad():
+        for name, parameter in trainer.pipeline.model.named_parameters():
+            if "lora_B" in name:
+                parameter += 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
+    trainer.train()
+    for known in (writer.EVENT_WRITERS, writer.EVENT_STORAGE, writer.GLOBAL_BUFFER):
+        known.clear()
+    return config.get_base_dir() / "config.yml"
+
+
+def small_snd_tiny(rooms: Path, folder: Path) -> Any:
+    """A trainer config of `snd-tiny` for small images and few prototypes."""
     from nerfstudio.configs.method_configs import all_methods
 
     config = copy.deepcopy(all_methods["snd-tiny"])
     config.pipeline.datamanager.image_size = (56, 84)
     config.pipeline.model.head.prototypes = 256
-    return on_small_rooms(config, rooms, tmp_path)
+    return on_small_rooms(config, rooms, folder)
 
 
 @pytest.fixture

@@ -243,36 +243,8 @@ def test_many_images_make_a_sheet_that_can_still_be_opened(tmp_path):
 # ---------------------------------------------------------------------- of a run
 
 
-@pytest.fixture(scope="module")
-def run_folder(rooms, tmp_path_factory):
-    """A run of two steps whose adapters then were changed by much more than two steps do."""
-    import copy
-
-    from nerfstudio.configs.method_configs import all_methods
-    from nerfstudio.utils import writer
-
-    from tests.conftest import on_small_rooms
-
-    config = copy.deepcopy(all_methods["snd-tiny"])
-    config.pipeline.datamanager.image_size = (56, 84)
-    config.pipeline.model.head.prototypes = 256
-    on_small_rooms(config, rooms, tmp_path_factory.mktemp("run"))
-    config.max_num_iterations = 2
-    config.save_config()
-    trainer = config.setup()
-    trainer.setup()
-    with torch.no_grad():
-        for name, parameter in trainer.pipeline.model.named_parameters():
-            if "lora_B" in name:
-                parameter += 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
-    trainer.train()
-    for known in (writer.EVENT_WRITERS, writer.EVENT_STORAGE, writer.GLOBAL_BUFFER):
-        known.clear()
-    return config.get_base_dir()
-
-
-def test_the_held_out_views_of_a_run_are_shown_by_original_and_teacher(run_folder, tmp_path, capsys):
-    files = Visualize(tmp_path, load_config=run_folder / "config.yml", count=2).main()
+def test_the_held_out_views_of_a_run_are_shown_by_original_and_teacher(adapted_run, tmp_path, capsys):
+    files = Visualize(tmp_path, load_config=adapted_run, count=2).main()
     pictures = by_name(files)
     views, backbones = ("context_1", "target", "context_2"), ("original", "teacher")
     singles = [f"{view}_{name}_{kind}.png" for kind in ("pca", "kmeans") for name in backbones for view in views]
@@ -286,16 +258,14 @@ def test_the_held_out_views_of_a_run_are_shown_by_original_and_teacher(run_folde
     assert sheet.shape[0] > 5 * 224 and sheet.shape[1] > 3 * 336  # five rows of three
 
 
-def test_each_backbone_of_a_run_is_the_one_that_it_is_called(run_folder, tmp_path):
+def test_each_backbone_of_a_run_is_the_one_that_it_is_called(adapted_run, tmp_path):
     from snd_nerfstudio.snd_pipeline import load_trained_model
 
-    config, model, _ = load_trained_model(run_folder / "config.yml")
+    config, model, _ = load_trained_model(adapted_run)
     photo(56, 84).save(tmp_path / "a.png")
     which = ("student", "original", "teacher")
     pictures = by_name(
-        Visualize(
-            tmp_path / "out", load_config=run_folder / "config.yml", images=(tmp_path / "a.png",), which=which
-        ).main()
+        Visualize(tmp_path / "out", load_config=adapted_run, images=(tmp_path / "a.png",), which=which).main()
     )
     image = read_image(tmp_path / "a.png", None, 14)[None]
     base = build_trainable("tiny", "random", config.pipeline.seed)
@@ -313,33 +283,33 @@ def test_each_backbone_of_a_run_is_the_one_that_it_is_called(run_folder, tmp_pat
     assert list(pictures)[1:4] == [f"images_01_a_{name}_pca.png" for name in which]  # in the order that was asked for
 
 
-def test_held_out_views_can_be_looked_at_in_another_size(run_folder, tmp_path):
-    config = run_folder / "config.yml"
+def test_held_out_views_can_be_looked_at_in_another_size(adapted_run, tmp_path):
+    config = adapted_run
     pictures = by_name(Visualize(tmp_path, load_config=config, count=1, size=(112, 168), which=("original",)).main())
     assert pictures["triplet_0000_target_original_pca.png"].shape == (112, 168, 3) and len(pictures) == 7
 
 
-def test_more_triplets_than_there_are_give_all_of_them(run_folder, tmp_path):
-    config = run_folder / "config.yml"
+def test_more_triplets_than_there_are_give_all_of_them(adapted_run, tmp_path):
+    config = adapted_run
     files = Visualize(tmp_path, load_config=config, count=99, which=("original",)).main()
     assert [file.name for file in files[::7]] == [f"triplet_{number:04d}_sheet.png" for number in range(3)]
 
 
-def test_a_run_without_its_dataset_still_shows_other_images(run_folder, tmp_path, photos, monkeypatch):
+def test_a_run_without_its_dataset_still_shows_other_images(adapted_run, tmp_path, photos, monkeypatch):
     def gone(*_, **__):
         raise InputError("--data is gone")
 
     monkeypatch.setattr("snd_nerfstudio.snd_datamanager.SnDDataManager.__init__", gone)
-    config = run_folder / "config.yml"
+    config = adapted_run
     assert len(Visualize(tmp_path / "out", load_config=config, images=(photos,)).main()) == 9
     with pytest.raises(InputError, match="--data is gone"):
         Visualize(tmp_path / "out", load_config=config).main()
 
 
-def test_nothing_held_out_is_said(run_folder, tmp_path, monkeypatch):
+def test_nothing_held_out_is_said(adapted_run, tmp_path, monkeypatch):
     monkeypatch.setattr("snd_nerfstudio.snd_datamanager.SnDDataManager.num_eval_triplets", 0)
     with pytest.raises(InputError, match="Nothing is held out .* --images"):
-        Visualize(tmp_path, load_config=run_folder / "config.yml").main()
+        Visualize(tmp_path, load_config=adapted_run).main()
 
 
 # ---------------------------------------------------------------------- what is refused

@@ -1,6 +1,5 @@
 """A triplet's Gaussians as PLY files, and the features beside them."""
 
-import copy
 import hashlib
 import json
 import re
@@ -322,37 +321,11 @@ def test_folders_that_cannot_be_written_are_named(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def run_config(rooms, tmp_path_factory):
-    """The config.yml of a run of two steps whose adapters then were changed by much more than two steps do."""
-    from nerfstudio.configs.method_configs import all_methods
-    from nerfstudio.utils import writer
-
-    from tests.conftest import on_small_rooms
-
-    config = copy.deepcopy(all_methods["snd-tiny"])
-    config.pipeline.datamanager.image_size = (56, 84)
-    config.pipeline.model.head.prototypes = 256
-    on_small_rooms(config, rooms, tmp_path_factory.mktemp("run"))
-    config.max_num_iterations = 2
-    config.save_config()
-    trainer = config.setup()
-    trainer.setup()
-    with torch.no_grad():
-        for name, parameter in trainer.pipeline.model.named_parameters():
-            if "lora_B" in name:
-                parameter += 0.3 * torch.randn(parameter.shape, generator=generator(len(name)))
-    trainer.train()
-    for known in (writer.EVENT_WRITERS, writer.EVENT_STORAGE, writer.GLOBAL_BUFFER):
-        known.clear()
-    return config.get_base_dir() / "config.yml"
-
-
-@pytest.fixture(scope="module")
-def pipeline(run_config):
+def pipeline(adapted_run):
     """The same run, its checkpoint loaded by nerfstudio."""
     from nerfstudio.utils.eval_utils import eval_load_checkpoint
 
-    config = yaml.load(run_config.read_text(), Loader=yaml.Loader)
+    config = yaml.load(adapted_run.read_text(), Loader=yaml.Loader)
     config.load_dir = config.get_checkpoint_dir()
     loaded = config.pipeline.setup(device="cpu", test_mode="inference")
     eval_load_checkpoint(config, loaded)
@@ -360,9 +333,9 @@ def pipeline(run_config):
 
 
 @pytest.fixture(scope="module")
-def exported(run_config, tmp_path_factory):
+def exported(adapted_run, tmp_path_factory):
     folder = tmp_path_factory.mktemp("exported") / "gaussians"
-    ExportGaussians(run_config, folder).main()
+    ExportGaussians(adapted_run, folder).main()
     return folder
 
 
@@ -411,11 +384,11 @@ def test_mvsplat_s_own_colours_are_exported(pipeline, mvsplat_file, tmp_path):
     torch.testing.assert_close(pictures[1].features.mean(), pictures[0].features.mean(), rtol=0, atol=1e-5)
 
 
-def test_scene_triplet_and_backbone_are_chosen(exported, run_config, pipeline, tmp_path, capsys):
+def test_scene_triplet_and_backbone_are_chosen(exported, adapted_run, pipeline, tmp_path, capsys):
     data = pipeline.datamanager
     scene = data.shown_scenes[-1]
     triplet = data.shown(data.shown_indices(scene)[1])
-    ExportGaussians(run_config, tmp_path, scene=scene, triplet=2, features="original").main()
+    ExportGaussians(adapted_run, tmp_path, scene=scene, triplet=2, features="original").main()
     about = json.loads((tmp_path / ABOUT).read_text())
     assert about["scene"] == scene and about["triplet"] == 2 and about["features_of"] == "original"
     assert [view["image"] for view in about["views"]] == [*triplet.context.names, *triplet.target.names]
@@ -446,9 +419,9 @@ def test_scene_triplet_and_backbone_are_chosen(exported, run_config, pipeline, t
         ({"load_config": Path("nowhere.yml")}, r"--load-config nowhere\.yml: no such file"),
     ],
 )
-def test_what_is_wrong_is_said_and_nothing_is_written(run_config, tmp_path, options, message):
+def test_what_is_wrong_is_said_and_nothing_is_written(adapted_run, tmp_path, options, message):
     with pytest.raises(InputError, match=message):
-        ExportGaussians(**{"load_config": run_config, "output_dir": tmp_path / "out", **options}).main()
+        ExportGaussians(**{"load_config": adapted_run, "output_dir": tmp_path / "out", **options}).main()
     assert not (tmp_path / "out").exists()
 
 
