@@ -2,52 +2,70 @@
 
 import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Optional
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from nerfstudio.cameras.cameras import Cameras, CameraType
-from nerfstudio.data.dataparsers.base_dataparser import DataparserOutputs
+from nerfstudio.data.dataparsers.base_dataparser import DataParserConfig, DataparserOutputs
 from nerfstudio.data.scene_box import SceneBox
 
 from snd_nerfstudio.errors import InputError
+from snd_nerfstudio.scenes.file_list import FileList
 
 Split = Literal["train", "val", "test", "all"]
 HELD_OUT_SHARE = 0.15
 HELD_OUT_FRAMES = 16
 DISTORTION_KEYS = ("k1", "k2", "k3", "k4", "p1", "p2")
+CAMERA_KEYS = ("fl_x", "fl_y", "cx", "cy", "w", "h", *DISTORTION_KEYS)
+"""Columns of `Scene.cameras`, under the names that transforms.json has for them."""
 
 
-@dataclass(frozen=True)
-class Frame:
-    """One frame as its scene's JSON describes it."""
-
-    image: Path
-    """RGB image."""
-    order: int
-    """Position in the capture."""
-    pose: Float[np.ndarray, "4 4"]
-    """Camera-to-world in nerfstudio's OpenGL axes."""
-    camera: dict[str, float]
-    """fl_x fl_y cx cy w h and the distortion keys, in pixels of the image."""
-    mask: Optional[Path] = None
-    """Instance mask."""
-    depth: Optional[Path] = None
-    """Depth map."""
+@dataclass
+class MultiSceneConfig(DataParserConfig):
+    """Base of the layouts of this package: they know several scenes, hold some out themselves, and keep poses."""
 
 
 @dataclass(frozen=True)
 class Scene:
-    """One scene's usable frames in capture order."""
+    """One scene's usable frames in capture order, as arrays: objects for each frame would cost gigabytes."""
 
     name: str
-    frames: Sequence[Frame]
+    images: FileList
+    """RGB images."""
+    order: Int[np.ndarray, "n"]
+    """Position of each frame in the capture."""
+    poses: Float[np.ndarray, "n 4 4"]
+    """Camera-to-world in nerfstudio's OpenGL axes."""
+    cameras: Float[np.ndarray, "n 12"]
+    """``CAMERA_KEYS`` in pixels of the image."""
+    masks: Optional[FileList] = None
+    """Instance masks."""
+    depths: Optional[FileList] = None
+    """Depth maps."""
     depth_scale: float = 1e-3
     """World units per unit of a depth file."""
+    world: Float[np.ndarray, "4 4"] = field(default_factory=lambda: np.eye(4))
+    """What the poses in the files were multiplied by from the left, for messages about mistakes in them."""
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def take(self, chosen: Int[np.ndarray, "m"]) -> "Scene":
+        """Some of the frames."""
+        return replace(
+            self,
+            images=self.images.take(chosen),
+            order=self.order[chosen],
+            poses=self.poses[chosen],
+            cameras=self.cameras[chosen],
+            masks=None if self.masks is None else self.masks.take(chosen),
+            depths=None if self.depths is None else self.depths.take(chosen),
+        )
 
 
 def natural_key(name: str) -> list[tuple[int, int, str]]:
@@ -72,50 +90,83 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def read_pose(matrix: Any, file: Path, image: str) -> Float[np.ndarray, "4 4"]:
-    """A 4x4 (or 3x4) ``transform_matrix``.
+def read_poses(matrices: Sequence[Any], file: Path, images: Sequence[str]) -> Float[np.ndarray, "n 4 4"]:
+    """The ``transform_matrix`` of each frame, 4x4 or 3x4.
+
+    Args:
+        matrices: as JSON gives them.
+        file: they are from, for messages.
+        images: name of each frame, for messages.
 
     Raises:
-        InputError: it has another shape, is not finite or not invertible.
+        InputError: one has another shape, is not finite or not invertible.
     """
+    try:
+        poses = np.array(matrices, dtype=np.float64)
+    except (TypeError, ValueError):  # not all alike
+        poses = np.zeros(0)
+    if poses.shape[1:] == (3, 4):
+        poses = _with_last_row(poses)
+    if poses.shape[1:] != (4, 4):
+        poses = np.stack([_read_pose(matrix, file, image) for matrix, image in zip(matrices, images, strict=True)])
+    finite = np.isfinite(poses).all(axis=(1, 2))
+    if not finite.all():
+        image = images[int(np.argmin(finite))]
+        raise InputError(f"{file}: `transform_matrix` of {image} holds NaN or infinity; mend or remove the frame.")
+    invertible = np.abs(np.linalg.det(poses[:, :3, :3])) >= 1e-6
+    if not invertible.all():
+        image = images[int(np.argmin(invertible))]
+        raise InputError(f"{file}: `transform_matrix` of {image} is not invertible; mend or remove the frame.")
+    return poses
+
+
+def _read_pose(matrix: Any, file: Path, image: str) -> Float[np.ndarray, "4 4"]:
     try:
         pose = np.array(matrix, dtype=np.float64)
     except (TypeError, ValueError):
         pose = np.zeros(0)
     if pose.shape == (3, 4):
-        pose = np.concatenate([pose, [[0.0, 0.0, 0.0, 1.0]]])
+        pose = _with_last_row(pose[None])[0]
     if pose.shape != (4, 4):
         raise InputError(f"{file}: `transform_matrix` of {image} is not a 4x4 matrix.")
-    if not np.isfinite(pose).all():
-        raise InputError(f"{file}: `transform_matrix` of {image} holds NaN or infinity; mend or remove the frame.")
-    if abs(np.linalg.det(pose[:3, :3])) < 1e-6:
-        raise InputError(f"{file}: `transform_matrix` of {image} is not invertible; mend or remove the frame.")
     return pose
 
 
-def read_camera(content: dict[str, Any], frame: dict[str, Any], file: Path) -> dict[str, float]:
-    """Intrinsics of a frame: its own where it has them, else the scene's.
+def _with_last_row(poses: Float[np.ndarray, "n 3 4"]) -> Float[np.ndarray, "n 4 4"]:
+    last = np.broadcast_to(np.array([[[0.0, 0.0, 0.0, 1.0]]]), (len(poses), 1, 4))
+    return np.concatenate([poses, last], axis=1)
+
+
+def read_cameras(content: dict[str, Any], frames: Sequence[dict[str, Any]], file: Path) -> Float[np.ndarray, "n 12"]:
+    """``CAMERA_KEYS`` of each frame: its own where it has them, else the scene's.
 
     Raises:
-        InputError: a key is missing or the camera model is not a perspective one.
+        InputError: a key is missing or no number, or the camera model is not a perspective one.
     """
+    keys = {*CAMERA_KEYS, "camera_model"}
+    if frames and all(keys.isdisjoint(frame) for frame in frames):
+        return np.tile(_read_camera(content, frames[0], file), (len(frames), 1))
+    return np.array([_read_camera(content, frame, file) for frame in frames]).reshape(-1, len(CAMERA_KEYS))
+
+
+def _read_camera(content: dict[str, Any], frame: dict[str, Any], file: Path) -> Float[np.ndarray, "12"]:
     model = frame.get("camera_model", content.get("camera_model", "OPENCV"))
     if model not in ("OPENCV", "PINHOLE", "SIMPLE_PINHOLE", "SIMPLE_RADIAL", "RADIAL"):
         raise InputError(
             f"{file}: camera model {model} is not a perspective one; undistort the images to pinholes first."
         )
     camera: dict[str, float] = {}
-    for key in ("fl_x", "fl_y", "cx", "cy", "w", "h"):
-        fallback = {"fl_y": "fl_x"}.get(key)
-        value = frame.get(key, content.get(key))
-        if value is None and fallback is not None:
-            value = camera[fallback]
+    for key in CAMERA_KEYS:
+        value = frame.get(key, content.get(key, 0.0 if key in DISTORTION_KEYS else None))
+        if value is None and key == "fl_y":
+            value = camera["fl_x"]
         if value is None:
             raise InputError(f"{file}: `{key}` is missing, both for the scene and for frame {frame.get('file_path')}.")
-        camera[key] = float(value)
-    for key in DISTORTION_KEYS:
-        camera[key] = float(frame.get(key, content.get(key, 0.0)))
-    return camera
+        try:
+            camera[key] = float(value)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{file}: `{key}` of frame {frame.get('file_path')} is no number: {value!r}.") from error
+    return np.array(list(camera.values()))
 
 
 def held_out_tail(count: int) -> int:
@@ -127,67 +178,88 @@ def held_out_tail(count: int) -> int:
     return max(share, HELD_OUT_FRAMES) if count >= 3 * HELD_OUT_FRAMES else share
 
 
-def split_scenes(scenes: list[Scene], split: Split) -> list[Scene]:
-    """Hold out the last scenes (15 %, at least one); of a single scene the last frames.
+def split_names(names: Sequence[str], split: Split) -> list[str]:
+    """Hold out the last of several scenes: 15 %, at least one.
 
     Args:
-        scenes: all of them, sorted.
+        names: of all of them, sorted; at least two.
         split: ``train``, ``val``/``test`` (the same), or ``all``.
-
-    Raises:
-        InputError: there is a single scene with fewer than three frames.
     """
     if split == "all":
-        return scenes
-    if len(scenes) > 1:
-        held_out = max(1, round(HELD_OUT_SHARE * len(scenes)))
-        return scenes[:-held_out] if split == "train" else scenes[-held_out:]
-    (scene,) = scenes
-    if len(scene.frames) < 3:
-        raise InputError(f"Scene {scene.name} has {len(scene.frames)} usable frames; a triplet needs at least three.")
-    first = len(scene.frames) - held_out_tail(len(scene.frames))
-    frames = scene.frames[:first] if split == "train" else scene.frames[first:]
-    return [Scene(scene.name, frames, scene.depth_scale)]
+        return list(names)
+    held_out = max(1, round(HELD_OUT_SHARE * len(names)))
+    return list(names[:-held_out] if split == "train" else names[-held_out:])
+
+
+def split_frames(scene: Scene, split: Split) -> Scene:
+    """Hold out the last frames of a single scene.
+
+    Raises:
+        InputError: it has fewer than three frames.
+    """
+    if split == "all":
+        return scene
+    if len(scene) < 3:
+        raise InputError(f"Scene {scene.name} has {len(scene)} usable frames; a triplet needs at least three.")
+    first = len(scene) - held_out_tail(len(scene))
+    return scene.take(np.arange(first) if split == "train" else np.arange(first, len(scene)))
+
+
+def split_scenes(names: Sequence[str], split: Split, read: Callable[[str], Scene]) -> list[Scene]:
+    """Read the scenes of one side: of several the first or the last scenes, of a single one its frames.
+
+    Args:
+        names: of all scenes, sorted.
+        split: which side.
+        read: reads a scene; called for those of the wanted side alone.
+
+    Raises:
+        InputError: there is a single scene with fewer than three frames, or what ``read`` raises.
+    """
+    if len(names) == 1:
+        return [split_frames(read(names[0]), split)]
+    return [read(name) for name in split_names(names, split)]
 
 
 def to_outputs(scenes: Sequence[Scene]) -> DataparserOutputs:
     """All frames of all scenes in one list; poses are kept as they are (metres where the files are metric).
 
-    ``metadata`` holds ``scene_names``; and for every frame ``scene_index``, ``frame_order``,
+    ``metadata`` holds ``scene_names`` and ``scene_worlds``; and for every frame ``scene_index``, ``frame_order``,
     ``instance_filenames``, ``depth_filenames`` and ``depth_scale``.
     """
-    frames = [frame for scene in scenes for frame in scene.frames]
-
-    def column(key: str) -> torch.Tensor:
-        return torch.tensor([frame.camera[key] for frame in frames], dtype=torch.float32)[:, None]
-
-    poses = torch.from_numpy(np.stack([frame.pose for frame in frames])).float()
-    cameras = Cameras(
-        camera_to_worlds=poses[:, :3],
-        fx=column("fl_x"),
-        fy=column("fl_y"),
-        cx=column("cx"),
-        cy=column("cy"),
-        width=column("w").round().long(),
-        height=column("h").round().long(),
-        distortion_params=torch.cat([column(key) for key in DISTORTION_KEYS], dim=1),
-        camera_type=CameraType.PERSPECTIVE,
-    )
+    cameras = torch.from_numpy(np.concatenate([scene.cameras for scene in scenes])).float()
+    column = {key: cameras[:, index : index + 1] for index, key in enumerate(CAMERA_KEYS)}
+    poses = torch.from_numpy(np.concatenate([scene.poses[:, :3] for scene in scenes])).float()
     centres = poses[:, :3, 3]
-    box = torch.stack([centres.amin(0) - 1.0, centres.amax(0) + 1.0])
-    counts = [len(scene.frames) for scene in scenes]
-    masks = [frame.mask for frame in frames]
-    depths = [frame.depth for frame in frames]
+    counts = [len(scene) for scene in scenes]
     return DataparserOutputs(
-        image_filenames=[frame.image for frame in frames],
-        cameras=cameras,
-        scene_box=SceneBox(aabb=box),
+        image_filenames=FileList.joined([scene.images for scene in scenes]),  # type: ignore
+        cameras=Cameras(
+            camera_to_worlds=poses,
+            fx=column["fl_x"],
+            fy=column["fl_y"],
+            cx=column["cx"],
+            cy=column["cy"],
+            width=column["w"].round().long(),
+            height=column["h"].round().long(),
+            distortion_params=cameras[:, -len(DISTORTION_KEYS) :],
+            camera_type=CameraType.PERSPECTIVE,
+        ),
+        scene_box=SceneBox(aabb=torch.stack([centres.amin(0) - 1.0, centres.amax(0) + 1.0])),
         metadata={
             "scene_names": [scene.name for scene in scenes],
+            "scene_worlds": [(scene.world, 1.0) for scene in scenes],
             "scene_index": np.repeat(np.arange(len(scenes)), counts),
-            "frame_order": np.array([frame.order for frame in frames], dtype=np.int64),
-            "instance_filenames": masks if any(masks) else None,
-            "depth_filenames": depths if any(depths) else None,
+            "frame_order": np.concatenate([scene.order for scene in scenes]).astype(np.int64),
+            "instance_filenames": _joined_or_none([scene.masks for scene in scenes], counts),
+            "depth_filenames": _joined_or_none([scene.depths for scene in scenes], counts),
             "depth_scale": np.repeat([scene.depth_scale for scene in scenes], counts),
         },
     )
+
+
+def _joined_or_none(lists: Sequence[Optional[FileList]], counts: Sequence[int]) -> Optional[FileList]:
+    files = FileList.joined(
+        [FileList.without_files(n) if one is None else one for one, n in zip(lists, counts, strict=True)]
+    )
+    return files if files.any_file else None

@@ -4,29 +4,32 @@ Beside nerfstudio's own keys a frame may name a ``depth_file_path`` (16-bit PNG 
 (one channel of integer ids). Poses are used as they stand: no centring, rotation or scaling.
 """
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Optional, Type
 
-from nerfstudio.data.dataparsers.base_dataparser import DataParser, DataParserConfig, DataparserOutputs
+import numpy as np
+from nerfstudio.data.dataparsers.base_dataparser import DataParser, DataparserOutputs
 from nerfstudio.plugins.registry_dataparser import DataParserSpecification
 
 from data_parsers.multi_scene import (
-    Frame,
+    MultiSceneConfig,
     Scene,
     Split,
     natural_key,
-    read_camera,
+    read_cameras,
     read_json,
-    read_pose,
+    read_poses,
     split_scenes,
     to_outputs,
 )
 from snd_nerfstudio.errors import InputError
+from snd_nerfstudio.scenes.file_list import FileList
 
 
 @dataclass
-class NerfstudioScenesConfig(DataParserConfig):
+class NerfstudioScenesConfig(MultiSceneConfig):
     """One nerfstudio scene (a folder with transforms.json), or a folder that holds many."""
 
     _target: Type = field(default_factory=lambda: NerfstudioScenes)
@@ -57,12 +60,10 @@ class NerfstudioScenes(DataParser):
             files = sorted(found, key=lambda file: natural_key(file.parent.name))
         if not files:
             raise InputError(f"--data {root}: no transforms.json there nor in its sub-folders.")
-        if len(files) == 1:
-            return to_outputs(split_scenes([self._read_scene(files[0])], split))
-        chosen = split_scenes([Scene(str(file), ()) for file in files], split)
-        return to_outputs([self._read_scene(Path(scene.name)) for scene in chosen])
+        return to_outputs(split_scenes([str(file) for file in files], split, self._read_scene))
 
-    def _read_scene(self, file: Path) -> Scene:
+    def _read_scene(self, transforms: str) -> Scene:
+        file = Path(transforms)
         content = read_json(file)
         described = content.get("frames") or []
         if not described:
@@ -70,19 +71,22 @@ class NerfstudioScenes(DataParser):
         if any("file_path" not in frame for frame in described):
             raise InputError(f"{file}: a frame has no `file_path`.")
         described = sorted(described, key=lambda frame: natural_key(frame["file_path"]))
-        frames = [
-            Frame(
-                image=file.parent / frame["file_path"],
-                order=order,
-                pose=read_pose(frame.get("transform_matrix"), file, frame["file_path"]),
-                camera=read_camera(content, frame, file),
-                mask=file.parent / frame["instance_path"] if "instance_path" in frame else None,
-                depth=file.parent / frame["depth_file_path"] if "depth_file_path" in frame else None,
-            )
-            for order, frame in enumerate(described)
-        ]
-        scale = float(content.get("depth_unit_scale_factor", self.config.depth_unit_scale_factor))
-        return Scene(file.parent.resolve().name, frames, scale)
+        images = [frame["file_path"] for frame in described]
+
+        def files(key: str) -> FileList:
+            folder = str(file.parent)
+            return FileList.of(os.path.join(folder, frame[key]) if key in frame else None for frame in described)
+
+        return Scene(
+            name=file.parent.resolve().name,
+            images=files("file_path"),
+            order=np.arange(len(described)),
+            poses=read_poses([frame.get("transform_matrix") for frame in described], file, images),
+            cameras=read_cameras(content, described, file),
+            masks=files("instance_path"),
+            depths=files("depth_file_path"),
+            depth_scale=float(content.get("depth_unit_scale_factor", self.config.depth_unit_scale_factor)),
+        )
 
 
 nerfstudio_scenes = DataParserSpecification(

@@ -27,22 +27,23 @@ from typing import Any, Optional, Type
 
 import numpy as np
 from jaxtyping import Float
-from nerfstudio.data.dataparsers.base_dataparser import DataParser, DataParserConfig, DataparserOutputs
+from nerfstudio.data.dataparsers.base_dataparser import DataParser, DataparserOutputs
 from nerfstudio.plugins.registry_dataparser import DataParserSpecification
 from nerfstudio.utils.rich_utils import CONSOLE
 
 from data_parsers.multi_scene import (
-    Frame,
+    MultiSceneConfig,
     Scene,
     Split,
     natural_key,
-    read_camera,
+    read_cameras,
     read_json,
-    read_pose,
+    read_poses,
     split_scenes,
     to_outputs,
 )
 from snd_nerfstudio.errors import InputError
+from snd_nerfstudio.scenes.file_list import FileList
 
 TRAIN_LIST = "nvs_sem_train.txt"
 VAL_LIST = "nvs_sem_val.txt"
@@ -51,7 +52,7 @@ UNDISTORTED_IMAGES = ("undistorted_images", "resized_undistorted_images")
 
 
 @dataclass
-class ScanNetppScenesConfig(DataParserConfig):
+class ScanNetppScenesConfig(MultiSceneConfig):
     """ScanNet++ as prepared by FiT3D and Splat and Distill: many scenes under one root."""
 
     _target: Type = field(default_factory=lambda: ScanNetppScenes)
@@ -171,11 +172,7 @@ class ScanNetppScenes(DataParser):
             f"[yellow]{self.config.data}: no scene of {self._lists}/{VAL_LIST} is on disk (or there is no such "
             "list); the last scenes, or the last frames of the only one, are held out instead."
         )
-        # of many scenes only those of the wanted side are read
-        if len(train) > 1:
-            chosen = split_scenes([Scene(name, ()) for name in train], split)
-            return self._read_scenes([scene.name for scene in chosen])
-        return split_scenes(self._read_scenes(train), split)
+        return split_scenes(train, split, self._read_scene)
 
     def _read_scenes(self, names: list[str]) -> list[Scene]:
         return [self._read_scene(name) for name in names]
@@ -209,26 +206,24 @@ class ScanNetppScenes(DataParser):
             raise InputError(f"{file} has no frames.")
         images = sorted(described, key=natural_key)
         numbers = [_first_number(image) for image in images]
-        order = numbers if None not in numbers and len(set(numbers)) == len(numbers) else list(range(len(images)))
-        mask_of = _mask_finder(files.masks, files.obj_ids)
-        frames = []
-        for number, image in zip(order, images, strict=True):
-            frame = described[image]
-            if frame.get("is_bad", False) and not self.config.keep_bad_frames:
-                continue
-            frames.append(
-                Frame(
-                    image=files.images / image,
-                    order=int(number),  # type: ignore
-                    pose=to_mesh_world(read_pose(frame.get("transform_matrix"), file, image)),
-                    camera=read_camera(content, frame, file),
-                    mask=mask_of(image),
-                    depth=files.depth / f"{Path(image).stem}.png" if files.depth else None,
-                )
-            )
-        if not frames:
+        place = numbers if None not in numbers and len(set(numbers)) == len(numbers) else list(range(len(images)))
+        order = dict(zip(images, place, strict=True))
+        kept = [image for image in images if self.config.keep_bad_frames or not described[image].get("is_bad", False)]
+        if not kept:
             raise InputError(f"{file}: all {len(described)} frames are marked `is_bad`.")
-        return Scene(name, frames)
+        mask_of = _mask_finder(files.masks, files.obj_ids)
+        frames = [described[image] for image in kept]
+        depth, folder = files.depth, str(files.images)
+        return Scene(
+            name=name,
+            images=FileList.of(os.path.join(folder, image) for image in kept),
+            order=np.array([order[image] for image in kept], dtype=np.int64),
+            poses=to_mesh_world(read_poses([frame.get("transform_matrix") for frame in frames], file, kept)),
+            cameras=read_cameras(content, frames, file),
+            masks=FileList.of(mask_of(image) for image in kept),
+            depths=None if depth is None else FileList.of(depth / f"{Path(image).stem}.png" for image in kept),
+            world=to_mesh_world(np.eye(4)),
+        )
 
 
 def _mask_finder(folder: Path, obj_ids: Path) -> Callable[[str], Path]:
@@ -252,12 +247,12 @@ def _first_number(name: str) -> Optional[int]:
     return int(match.group()) if match else None
 
 
-def to_mesh_world(pose: Float[np.ndarray, "4 4"]) -> Float[np.ndarray, "4 4"]:
+def to_mesh_world(poses: Float[np.ndarray, "*n 4 4"]) -> Float[np.ndarray, "*n 4 4"]:
     """Undo the world rotation of the stored poses, so that the scene's mesh and its cameras share one world.
 
     The files hold nerfstudio's usual turn of COLMAP's world: swap rows 0 and 1 and negate row 2 to go back.
     """
-    return np.array([pose[1], pose[0], -pose[2], pose[3]])
+    return np.stack([poses[..., 1, :], poses[..., 0, :], -poses[..., 2, :], poses[..., 3, :]], axis=-2)
 
 
 scannetpp_scenes = DataParserSpecification(

@@ -14,7 +14,7 @@ from nerfstudio.configs.dataparser_configs import AnnotatedDataParserUnion
 from nerfstudio.utils.rich_utils import CONSOLE
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from data_parsers.nerfstudio_scenes import NerfstudioScenesConfig
+from data_parsers.any_layout import parse
 from data_parsers.scannetpp import ScanNetppScenesConfig
 from snd_nerfstudio.errors import InputError
 from snd_nerfstudio.profiles import PROFILES
@@ -80,11 +80,8 @@ def every_frame(config: MasksConfig) -> Frames:
     Raises:
         InputError: there is no dataset, or not in this layout.
     """
-    if not config.data.exists():
-        raise InputError(f"--data {config.data}: no such file or folder.")
     config.dataparser.data = config.data
-    ours = isinstance(config.dataparser, (ScanNetppScenesConfig, NerfstudioScenesConfig))
-    return to_frames(config.dataparser.setup().get_dataparser_outputs(split="all" if ours else "train"))
+    return to_frames(parse(config.dataparser, "all"))
 
 
 def make_one(maker: MaskMaker, frames: Frames, index: int, size: Tuple[int, int]) -> str:

@@ -9,7 +9,7 @@ from nerfstudio.cameras.cameras import Cameras, CameraType
 from nerfstudio.data.dataparsers.base_dataparser import DataparserOutputs
 from torch.utils.data import Dataset
 
-from data_parsers.multi_scene import natural_key
+from data_parsers.any_layout import by_name
 from snd_nerfstudio.errors import InputError
 from snd_nerfstudio.scenes.frames import Frames, load_views
 
@@ -42,15 +42,13 @@ def to_frames(outputs: DataparserOutputs) -> Frames:
     sizes = torch.stack([cameras.height.flatten(), cameras.width.flatten()], dim=1).numpy()
     distortion = None if cameras.distortion_params is None else cameras.distortion_params.double().numpy()
     unit = float(metadata.get("depth_unit_scale_factor", 1e-3)) * outputs.dataparser_scale
-    order = np.empty(count, dtype=np.int64)
-    order[by_name(outputs)] = np.arange(count)
     return Frames(
         image_files=outputs.image_filenames,
         camera_to_worlds=poses @ OPENGL_TO_OPENCV,
         intrinsics=intrinsics,
         sizes=sizes,
         scene_index=np.asarray(metadata.get("scene_index", np.zeros(count, dtype=np.int64))),
-        frame_order=np.asarray(metadata.get("frame_order", order)),
+        frame_order=np.asarray(metadata["frame_order"] if "frame_order" in metadata else _order_of_names(outputs)),
         scene_names=tuple(metadata.get("scene_names", [outputs.image_filenames[0].parent.name])),
         distortion=distortion,
         mask_files=metadata.get("instance_filenames"),
@@ -59,26 +57,10 @@ def to_frames(outputs: DataparserOutputs) -> Frames:
     )
 
 
-def by_name(outputs: DataparserOutputs) -> Int[np.ndarray, "frames"]:
-    """Frame numbers in the natural order of their file names."""
-    names = [str(file) for file in outputs.image_filenames]
-    return np.array(sorted(range(len(names)), key=lambda frame: natural_key(names[frame])), dtype=np.int64)
-
-
-def subset(outputs: DataparserOutputs, chosen: Int[np.ndarray, "n"]) -> DataparserOutputs:
-    """Some frames of a foreign dataparser's single scene."""
-    metadata = dict(outputs.metadata)
-    for name in ("depth_filenames", "instance_filenames"):
-        if metadata.get(name) is not None:
-            metadata[name] = [metadata[name][i] for i in chosen]
-    return DataparserOutputs(
-        image_filenames=[outputs.image_filenames[i] for i in chosen],
-        cameras=outputs.cameras[torch.from_numpy(chosen)],
-        scene_box=outputs.scene_box,
-        metadata=metadata,
-        dataparser_transform=outputs.dataparser_transform,
-        dataparser_scale=outputs.dataparser_scale,
-    )
+def _order_of_names(outputs: DataparserOutputs) -> Int[np.ndarray, "frames"]:
+    order = np.empty(len(outputs.image_filenames), dtype=np.int64)
+    order[by_name(outputs)] = np.arange(len(order))
+    return order
 
 
 class SceneImages(Dataset):

@@ -10,14 +10,13 @@ import numpy as np
 import tyro
 from jaxtyping import Float, Int
 from nerfstudio.configs.dataparser_configs import AnnotatedDataParserUnion
-from nerfstudio.data.dataparsers.base_dataparser import DataparserOutputs
 from nerfstudio.utils.rich_utils import CONSOLE
 from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
-from data_parsers.nerfstudio_scenes import NerfstudioScenesConfig
-from data_parsers.scannetpp import ScanNetppScenesConfig, to_mesh_world
+from data_parsers.any_layout import parse, scene_worlds
+from data_parsers.scannetpp import ScanNetppScenesConfig
 from snd_nerfstudio.errors import InputError
 from snd_nerfstudio.scenes.frames import Frames, load_views
 from snd_nerfstudio.scenes.mistakes import Verdict, judge
@@ -81,16 +80,17 @@ class Inspect:
             InputError: there is nothing to look at, a file is damaged, or a likely mistake was found.
         """
         self._check()
-        outputs = self._parse()
+        self.dataparser.data = self.data
+        outputs = parse(self.dataparser, "all")
         frames = to_frames(outputs)
         scenes = self._chosen(frames)
         checked = {
             scenes[place]
             for place in np.linspace(0, len(scenes) - 1, min(self.checked_scenes, len(scenes))).astype(int)
         }
-        world, scale = self._world(outputs)
+        worlds = scene_worlds(outputs)
         reports = [
-            self._scene(frames, scene, scene in checked, world, scale)
+            self._scene(frames, scene, scene in checked, *worlds[scene])
             for scene in track(scenes, "Scenes", console=CONSOLE, transient=True)
         ]
         self._print(reports)
@@ -110,19 +110,6 @@ class Inspect:
             self.out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"--out {self.out} cannot be made ({error.strerror}): give another folder.") from error
-
-    def _parse(self) -> DataparserOutputs:
-        self.dataparser.data = self.data
-        ours = isinstance(self.dataparser, (ScanNetppScenesConfig, NerfstudioScenesConfig))
-        return self.dataparser.setup().get_dataparser_outputs(split="all" if ours else "train")
-
-    def _world(self, outputs: DataparserOutputs) -> tuple[Float[np.ndarray, "4 4"], float]:
-        """What the parser did to the poses in the files: a matrix from the left, and a scale."""
-        if isinstance(self.dataparser, ScanNetppScenesConfig):
-            return to_mesh_world(np.eye(4)), 1.0
-        world = np.eye(4)
-        world[:3] = outputs.dataparser_transform.double().numpy()
-        return world, float(outputs.dataparser_scale)
 
     def _chosen(self, frames: Frames) -> list[int]:
         if self.scene is None:

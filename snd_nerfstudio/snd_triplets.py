@@ -14,8 +14,8 @@ from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackAttrib
 from nerfstudio.utils.rich_utils import CONSOLE
 from rich.progress import track
 
-from data_parsers.multi_scene import held_out_tail
-from data_parsers.nerfstudio_scenes import NerfstudioScenesConfig
+from data_parsers.any_layout import parse
+from data_parsers.multi_scene import MultiSceneConfig
 from data_parsers.scannetpp import ScanNetppScenesConfig
 from snd_nerfstudio.errors import InputError
 from snd_nerfstudio.reconstruction.mvsplat.checks import MAX_ANGLE, MIN_BASELINE
@@ -36,7 +36,7 @@ from snd_nerfstudio.scenes.triplets import (
     growing_gap,
 )
 from snd_nerfstudio.scenes.views import Views, ViewTriplet
-from snd_nerfstudio.snd_frames import SceneImages, by_name, scene_images, subset, to_frames
+from snd_nerfstudio.snd_frames import SceneImages, scene_images, to_frames
 
 VIEWER_FRAMES = 32
 """Frames of a scene that the viewer draws."""
@@ -305,23 +305,10 @@ class TripletDataManager(DataManager):
             )
 
     def _parse(self) -> tuple[DataparserOutputs, DataparserOutputs]:
-        root = self.config.dataparser.data
-        if not root.exists():
-            raise InputError(f"--data {root}: no such file or folder.")
-        parser = self.config.dataparser.setup()
-        if isinstance(self.config.dataparser, (ScanNetppScenesConfig, NerfstudioScenesConfig)):
-            if self.config.all_scenes:
-                CONSOLE.log("[yellow]Training on all scenes: the held-out metrics are then of scenes seen in training.")
-            train = parser.get_dataparser_outputs(split="all" if self.config.all_scenes else "train")
-            return train, parser.get_dataparser_outputs(split="val")
-        train = parser.get_dataparser_outputs(split="train")
-        # another parser's split takes every n-th frame; triplets need neighbours, so its training frames are cut here
-        order = by_name(train)
-        if len(order) < 3:
-            raise InputError(f"--data {root}: {len(order)} training frames; a triplet needs at least three.")
-        tail = held_out_tail(len(order))
-        kept = order if self.config.all_scenes else order[: len(order) - tail]
-        return subset(train, kept), subset(train, order[len(order) - tail :])
+        if self.config.all_scenes and isinstance(self.config.dataparser, MultiSceneConfig):
+            CONSOLE.log("[yellow]Training on all scenes: the held-out metrics are then of scenes seen in training.")
+        train = parse(self.config.dataparser, "all" if self.config.all_scenes else "train")
+        return train, parse(self.config.dataparser, "val")
 
     def _prepare(self, outputs: DataparserOutputs) -> tuple[Frames, SceneSampler]:
         config = self.config

@@ -9,10 +9,11 @@ from typing import Optional
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image, UnidentifiedImageError
 
 from snd_nerfstudio.errors import InputError
+from snd_nerfstudio.scenes.file_list import FileList
 from snd_nerfstudio.scenes.masks.maker import FramePixels, MaskMaker, MaskOrigin
 from snd_nerfstudio.scenes.saved_ids import read_saved_ids
 from snd_nerfstudio.scenes.views import Views
@@ -63,7 +64,7 @@ class Frames:
     @cached_property
     def has_depth(self) -> bool:
         """Whether every frame has a depth map on disk; some alone count as none."""
-        return self.depth_files is not None and all(_on_disk(self.depth_files))
+        return self.depth_files is not None and bool(_on_disk(self.depth_files).all())
 
 
 def depth_bounds(frames: Frames, looked_at: int = 48) -> tuple[float, float]:
@@ -151,17 +152,16 @@ def _check_files_exist(frames: Frames, needs_masks: bool, needs_depth: bool) -> 
         if files is None:
             raise InputError(f"No {kind} is known for any frame, e.g. {frames.image_files[0]}: {remedy}.")
         present = _on_disk(files)
-        if not all(present):
-            bad = present.index(False)
+        if not present.all():
+            bad = int(np.argmin(present))
             name = files[bad] if files[bad] is not None else f"for {frames.image_files[bad]}"
-            count = len(present) - sum(present)
+            count = int((~present).sum())
             raise InputError(f"Missing {kind} {name} ({count} of {len(present)} are missing): {remedy}.")
 
 
-def _on_disk(files: Sequence[Optional[Path]]) -> list[bool]:
+def _on_disk(files: Sequence[Optional[Path]]) -> Bool[np.ndarray, "n"]:
     """Whether each file exists."""
-    with ThreadPoolExecutor(8) as pool:  # stat calls wait for the disk, not for the interpreter
-        return list(pool.map(lambda file: file is not None and file.is_file(), files))
+    return (files if isinstance(files, FileList) else FileList.of(files)).exist()
 
 
 def _check_headers(frames: Frames, needs_masks: bool) -> None:

@@ -1,0 +1,75 @@
+"""One side of a dataset of any layout: ours hold scenes out themselves, of a foreign one frames are cut here."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from nerfstudio.data.dataparsers.base_dataparser import DataParserConfig, DataparserOutputs
+
+from data_parsers.multi_scene import MultiSceneConfig, held_out_tail, natural_key
+from snd_nerfstudio.errors import InputError
+from snd_nerfstudio.scenes.file_list import FileList
+
+
+def parse(config: DataParserConfig, split: Literal["train", "val", "all"]) -> DataparserOutputs:
+    """All frames of one side of a dataset.
+
+    A foreign dataparser's own split takes every n-th frame for evaluation, and triplets need neighbours: the frames
+    that it trains on are put in the order of their file names, and the last of them are held out.
+
+    Args:
+        config: of the layout, with ``data``.
+        split: which side; ``all`` for both.
+
+    Raises:
+        InputError: there is no dataset, it is too small, or what its dataparser says is wrong with it.
+    """
+    if not config.data.exists():
+        raise InputError(f"--data {config.data}: no such file or folder.")
+    if isinstance(config, MultiSceneConfig):
+        return config.setup().get_dataparser_outputs(split=split)
+    outputs = config.setup().get_dataparser_outputs(split="train")
+    order = by_name(outputs)
+    if len(order) < 3:
+        raise InputError(f"--data {config.data}: {len(order)} training frames; a triplet needs at least three.")
+    first = len(order) - held_out_tail(len(order))
+    chosen = {"train": order[:first], "val": order[first:], "all": order}[split]
+    return subset(outputs, chosen)
+
+
+def scene_worlds(outputs: DataparserOutputs) -> list[tuple[Float[np.ndarray, "4 4"], float]]:
+    """What the dataparser did to the poses of each scene's files: a matrix from the left, then a scale."""
+    if "scene_worlds" in outputs.metadata:
+        return [(world, float(scale)) for world, scale in outputs.metadata["scene_worlds"]]
+    world = np.eye(4)
+    world[:3] = outputs.dataparser_transform.double().numpy()
+    return [(world, float(outputs.dataparser_scale))]
+
+
+def by_name(outputs: DataparserOutputs) -> Int[np.ndarray, "frames"]:
+    """Frame numbers in the natural order of their file names."""
+    names = [str(file) for file in outputs.image_filenames]
+    return np.array(sorted(range(len(names)), key=lambda frame: natural_key(names[frame])), dtype=np.int64)
+
+
+def subset(outputs: DataparserOutputs, chosen: Int[np.ndarray, "n"]) -> DataparserOutputs:
+    """Some frames of a foreign dataparser's single scene."""
+    metadata: dict[str, Any] = dict(outputs.metadata)
+    for name in ("depth_filenames", "instance_filenames"):
+        if metadata.get(name) is not None:
+            metadata[name] = _taken(metadata[name], chosen)
+    return DataparserOutputs(
+        image_filenames=_taken(outputs.image_filenames, chosen),  # type: ignore
+        cameras=outputs.cameras[torch.from_numpy(chosen)],
+        scene_box=outputs.scene_box,
+        metadata=metadata,
+        dataparser_transform=outputs.dataparser_transform,
+        dataparser_scale=outputs.dataparser_scale,
+    )
+
+
+def _taken(files: Sequence[Path], chosen: Int[np.ndarray, "n"]) -> FileList:
+    return FileList.of(files[int(index)] for index in chosen)
