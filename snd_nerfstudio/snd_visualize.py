@@ -199,7 +199,7 @@ def read_image(file: Path, size: Optional[Tuple[int, int]], patch: int) -> Float
     import numpy as np
     from PIL import Image, ImageOps
 
-    from snd_nerfstudio.scenes.frames import UNREADABLE
+    from snd_nerfstudio.scenes.decoding import UNREADABLE
 
     try:
         with Image.open(file) as stored:

@@ -9,22 +9,27 @@ from typing import Optional
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int, UInt8
-from PIL import Image, UnidentifiedImageError
+from einops import rearrange
+from jaxtyping import Bool, Float, Int, Shaped, UInt8
 
 from snd_nerfstudio.errors import InputError
+from snd_nerfstudio.scenes.decoding import (
+    SAVED_IDS,
+    compact,
+    header_size,
+    nearest,
+    read_depth,
+    read_image,
+    read_mask,
+    resized,
+)
 from snd_nerfstudio.scenes.file_list import FileList
+from snd_nerfstudio.scenes.lenses import Lens
 from snd_nerfstudio.scenes.masks.maker import FramePixels, MaskMaker, MaskOrigin
-from snd_nerfstudio.scenes.saved_ids import read_saved_ids
 from snd_nerfstudio.scenes.views import Views
 
-UNREADABLE = (UnidentifiedImageError, Image.DecompressionBombError, OSError, EOFError, SyntaxError, ValueError)
-"""What Pillow and numpy raise on files that are not what they should be."""
 HEADERS_CHECKED = 10_000
 """Of larger datasets this many headers, evenly spread, are read before training."""
-SAVED_IDS = ".pth"
-"""Ending of instance ids that ScanNet++'s toolkit saves with torch."""
-MASK_MODES = ("L", "P", "I", "I;16", "I;16B", "1")
 
 
 @dataclass(frozen=True)
@@ -87,7 +92,7 @@ def depth_bounds(frames: Frames, looked_at: int = 48) -> tuple[float, float]:
         )
     measured = []
     for index in np.unique(np.linspace(0, len(frames) - 1, looked_at).round().astype(int)).tolist():
-        depth = _read_depth(frames.depth_files[index], frames.depth_unit(index), _stored_size(frames, index))  # type: ignore
+        depth = read_depth(frames.depth_files[index], frames.depth_unit(index), _stored_size(frames, index))  # type: ignore
         measured.append(depth[depth > 0][::7])
     values = np.concatenate(measured)
     if len(values) == 0:
@@ -169,26 +174,14 @@ def _check_headers(frames: Frames, needs_masks: bool) -> None:
 
     def check(index: int) -> None:
         file = frames.image_files[index]
-        _check_image_size(frames, index, _header_size(file, "Image"))
+        _check_image_size(frames, index, header_size(file, "Image"))
         mask_file = _file_of(frames.mask_files, index, file, "mask") if needs_masks else None
         if mask_file is not None and mask_file.suffix != SAVED_IDS:  # these have no header
-            _check_mask_size(mask_file, _header_size(mask_file, "Instance mask"), _stored_size(frames, index))
+            _check_mask_size(mask_file, header_size(mask_file, "Instance mask"), _stored_size(frames, index))
 
     count = min(len(frames), HEADERS_CHECKED)
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(check, np.linspace(0, len(frames) - 1, count).astype(int).tolist()))
-
-
-def _header_size(file: Path, kind: str) -> tuple[int, int]:
-    """Height and width that an image file states."""
-    try:
-        if file.suffix == ".npy":
-            height, width = np.load(file, mmap_mode="r", allow_pickle=False).shape[:2]
-            return height, width
-        with Image.open(file) as image:
-            return image.height, image.width
-    except UNREADABLE as error:
-        raise InputError(f"{kind} {file} cannot be decoded ({error}): restore it or remove the frame.") from error
 
 
 def _stored_size(frames: Frames, index: int) -> tuple[int, int]:
@@ -222,8 +215,9 @@ def load_views(
 ) -> Views:
     """Decode and resize some frames.
 
-    Images are resized with a bicubic antialiasing filter, masks and depth maps by nearest neighbour; the intrinsics
-    follow. Lens distortion is removed first. The aspect ratio may change: the two focal lengths then differ.
+    Images are resized with a bicubic antialiasing filter, JPEGs from the nearest larger size that they can be decoded
+    at; masks and depth maps by nearest neighbour; the intrinsics follow. Lens distortion is removed. The aspect ratio
+    may change: the two focal lengths then differ.
 
     Args:
         frames: the dataset.
@@ -239,41 +233,36 @@ def load_views(
     Raises:
         InputError: a file is missing, corrupt, of another kind or size than it should be; the message names it.
     """
-    height, width = size
     images, intrinsics, masks, depths = [], [], [], []
     for index in indices:
-        image_file = frames.image_files[index]
-        image = _read_image(image_file)
-        _check_image_size(frames, index, image.shape[:2])
-        mask = None
-        if with_masks:
+        image_file, lens = frames.image_files[index], _lens(frames, index)
+        stored = _stored_size(frames, index)
+
+        def at_size(values: Shaped[np.ndarray, "h w"], lens: Optional[Lens] = lens) -> Shaped[np.ndarray, "H W"]:
+            return nearest(values, size) if lens is None else lens.picked(values, size)
+
+        decoded = read_image(image_file, size)
+        _check_image_size(frames, index, decoded.stored_size)
+        image = resized(decoded.pixels if lens is None else lens.undistorted(decoded.pixels), size)
+        images.append(rearrange(torch.from_numpy(image), "h w c -> c h w").float() / 255)
+        intrinsics.append(torch.from_numpy(_intrinsics_at(frames, index, size, lens).astype(np.float32)))
+        if mask_maker is not None:
+            masks.append(compact(_made_mask(frames, index, size, mask_maker, image)))
+        elif with_masks:
             mask_file = _file_of(frames.mask_files, index, image_file, "mask")
             mask = read_mask(mask_file)
-            _check_mask_size(mask_file, mask.shape, image.shape[:2])
-        depth = None
+            _check_mask_size(mask_file, mask.shape, stored)
+            masks.append(compact(at_size(mask)))
         if with_depth:
             depth_file = _file_of(frames.depth_files, index, image_file, "depth")
-            depth = _read_depth(depth_file, frames.depth_unit(index), image.shape)
-        matrix = frames.intrinsics[index].astype(np.float64)
-        if _is_distorted(frames, index):
-            image, mask, depth, matrix = _undistort(image, mask, depth, matrix, frames.distortion[index])  # type: ignore
-        resizing = np.array([width / image.shape[1], height / image.shape[0], 1.0])
-        intrinsics.append(torch.from_numpy((resizing[:, None] * matrix).astype(np.float32)))
-        resized = Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)
-        images.append(torch.from_numpy(np.asarray(resized).copy()).permute(2, 0, 1).float() / 255)
-        if mask_maker is not None:
-            mask = _made_mask(frames, index, size, mask_maker, np.asarray(resized))
-        if mask is not None:
-            masks.append(torch.from_numpy(_compact(_nearest(mask, height, width))))
-        if depth is not None:
-            depths.append(torch.from_numpy(_nearest(depth, height, width)))
+            depths.append(at_size(read_depth(depth_file, frames.depth_unit(index), stored)))
     poses = frames.camera_to_worlds[np.asarray(indices)]
     return Views(
         images=torch.stack(images),
         camera_to_worlds=torch.from_numpy(np.ascontiguousarray(poses)).float(),
         intrinsics=torch.stack(intrinsics),
-        masks=torch.stack(masks) if masks else None,
-        depths=torch.stack(depths) if depths else None,
+        masks=torch.from_numpy(np.stack(masks)) if masks else None,
+        depths=torch.from_numpy(np.stack(depths)) if depths else None,
         names=tuple(frames.image_files[index].name for index in indices),
     )
 
@@ -308,15 +297,11 @@ def _made_mask(
     origin = mask_origin(frames, index, size, maker.uses_depth)
 
     def pixels() -> FramePixels:
-        height, width = _stored_size(frames, index)
-        matrix, depth = frames.intrinsics[index].astype(np.float64), None
+        depth, lens = None, _lens(frames, index)
         if origin.depth_file is not None:
-            depth = _read_depth(origin.depth_file, frames.depth_unit(index), (height, width))
-        if _is_distorted(frames, index):
-            blank = np.zeros((height, width, 3), np.uint8)  # the image is undistorted already
-            _, _, depth, matrix = _undistort(blank, None, depth, matrix, frames.distortion[index])  # type: ignore
-        scaled = np.array([size[1] / width, size[0] / height, 1.0])[:, None] * matrix
-        return FramePixels(image, scaled, None if depth is None else _nearest(depth, *size))
+            depth = read_depth(origin.depth_file, frames.depth_unit(index), _stored_size(frames, index))
+            depth = nearest(depth, size) if lens is None else lens.picked(depth, size)
+        return FramePixels(image, _intrinsics_at(frames, index, size, lens), depth)
 
     return maker.mask(origin, pixels)
 
@@ -325,76 +310,26 @@ def _is_distorted(frames: Frames, index: int) -> bool:
     return frames.distortion is not None and bool(np.abs(frames.distortion[index]).max() > 0)
 
 
+def _lens(frames: Frames, index: int) -> Optional[Lens]:
+    """What bends a frame's image; None for an ideal pinhole."""
+    if not _is_distorted(frames, index):
+        return None
+    matrix, distortion = frames.intrinsics[index].flatten().tolist(), frames.distortion[index].tolist()  # type: ignore
+    return Lens(tuple(matrix), tuple(distortion), _stored_size(frames, index))
+
+
+def _intrinsics_at(frames: Frames, index: int, size: tuple[int, int], lens: Optional[Lens]) -> Float[np.ndarray, "3 3"]:
+    """Intrinsics of a frame as it is trained: without distortion, and resized."""
+    height, width = _stored_size(frames, index)
+    matrix = frames.intrinsics[index].astype(np.float64) if lens is None else lens.pinhole
+    return np.array([size[1] / width, size[0] / height, 1.0])[:, None] * matrix
+
+
 def _file_of(files: Optional[Sequence[Optional[Path]]], index: int, image_file: Path, kind: str) -> Path:
     file = None if files is None else files[index]
     if file is None:
         raise InputError(f"{image_file} has no {kind} file.")
     return file
-
-
-def _read_image(file: Path) -> UInt8[np.ndarray, "h w 3"]:
-    try:
-        with Image.open(file) as image:
-            return np.asarray(image.convert("RGB"))
-    except FileNotFoundError as error:
-        raise InputError(f"Image {file} does not exist.") from error
-    except UNREADABLE as error:
-        raise InputError(f"Image {file} cannot be decoded ({error}): restore it or remove the frame.") from error
-
-
-def read_mask(file: Path) -> Int[np.ndarray, "h w"]:
-    """Read instance ids from a single-channel 8-, 16- or 32-bit image, from a ``.npy`` file of whole numbers, or from
-    what ScanNet++'s toolkit saves (``.pth``).
-
-    Raises:
-        InputError: the file is missing, corrupt or has colour channels.
-    """
-    if file.suffix == SAVED_IDS:
-        return read_saved_ids(file)
-    try:
-        if file.suffix == ".npy":
-            ids = np.load(file, allow_pickle=False)
-            if ids.ndim != 2 or ids.dtype.kind not in "iub":
-                raise InputError(
-                    f"Instance mask {file} has shape {ids.shape} and type {ids.dtype}: it must have one channel of "
-                    "integer ids."
-                )
-            return ids.astype(np.int64)
-        with Image.open(file) as image:
-            if image.mode not in MASK_MODES:
-                raise InputError(
-                    f"Instance mask {file} has mode {image.mode}: it must have one channel of integer ids, not colours."
-                )
-            return np.asarray(image).astype(np.int64)
-    except InputError:
-        raise
-    except FileNotFoundError as error:
-        raise InputError(f"Instance mask {file} does not exist.") from error
-    except UNREADABLE as error:
-        raise InputError(f"Instance mask {file} cannot be decoded ({error}).") from error
-
-
-def _read_depth(file: Path, scale: float, image_shape: tuple[int, ...]) -> Float[np.ndarray, "h w"]:
-    try:
-        if file.suffix == ".npy":
-            depth = np.load(file, allow_pickle=False).astype(np.float32) * scale
-        else:
-            with Image.open(file) as image:
-                depth = np.asarray(image).astype(np.float32) * scale
-    except FileNotFoundError as error:
-        raise InputError(f"Depth map {file} does not exist.") from error
-    except UNREADABLE as error:
-        raise InputError(f"Depth map {file} cannot be decoded ({error}).") from error
-    if depth.ndim != 2:
-        raise InputError(f"Depth map {file} has shape {depth.shape}: it must have one channel.")
-    height, width = image_shape[:2]
-    if abs(depth.shape[0] * width - depth.shape[1] * height) > max(height, width):
-        raise InputError(
-            f"Depth map {file} has {depth.shape[1]}x{depth.shape[0]} pixels, another shape than its image "
-            f"({width}x{height}): depth must be registered to the image."
-        )
-    depth = np.where(np.isfinite(depth) & (depth > 0), depth, 0).astype(np.float32)
-    return _nearest(depth, height, width)
 
 
 def load_depth(frames: Frames, index: int, size: tuple[int, int]) -> Float[np.ndarray, "h w"]:
@@ -412,49 +347,4 @@ def load_depth(frames: Frames, index: int, size: tuple[int, int]) -> Float[np.nd
         InputError: the file is missing, corrupt or of another shape than its image; the message names it.
     """
     file = _file_of(frames.depth_files, index, frames.image_files[index], "depth")
-    return _nearest(_read_depth(file, frames.depth_unit(index), _stored_size(frames, index)), *size)
-
-
-def _nearest(values: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Nearest-neighbour resize at pixel centres."""
-    if values.shape == (height, width):
-        return values
-    rows = ((np.arange(height) + 0.5) * values.shape[0] / height).astype(np.int64)
-    columns = ((np.arange(width) + 0.5) * values.shape[1] / width).astype(np.int64)
-    return np.ascontiguousarray(values[rows[:, None], columns])
-
-
-def _compact(mask: Int[np.ndarray, "h w"]) -> Int[np.ndarray, "h w"]:
-    """Renumber the ids of one image 1, 2, ... in order of size of id; 0 stays unlabelled."""
-    ids, compact = np.unique(mask, return_inverse=True)
-    numbers = np.arange(1, len(ids) + 1)
-    if 0 in ids:
-        zero = int(np.flatnonzero(ids == 0)[0])
-        numbers = np.where(np.arange(len(ids)) < zero, numbers, numbers - 1)
-        numbers[zero] = 0
-    return numbers[compact].reshape(mask.shape).astype(np.int64)
-
-
-def _undistort(
-    image: UInt8[np.ndarray, "h w 3"],
-    mask: Optional[Int[np.ndarray, "h w"]],
-    depth: Optional[Float[np.ndarray, "h w"]],
-    matrix: Float[np.ndarray, "3 3"],
-    distortion: Float[np.ndarray, "6"],
-) -> tuple[np.ndarray, Optional[np.ndarray], Optional[np.ndarray], Float[np.ndarray, "3 3"]]:
-    """Resample to an ideal pinhole of the same size that shows no pixel from outside the original image."""
-    import cv2
-
-    k1, k2, k3, k4, p1, p2 = (float(k) for k in distortion)
-    coefficients = np.array([k1, k2, p1, p2, k3, k4, 0.0, 0.0])
-    height, width = image.shape[:2]
-    half = np.array([[0.0, 0.0, 0.5], [0.0, 0.0, 0.5], [0.0, 0.0, 0.0]])
-    # OpenCV puts pixel centres at whole numbers, we put them at +0.5
-    new_matrix, _ = cv2.getOptimalNewCameraMatrix(matrix - half, coefficients, (width, height), 0)
-    maps = cv2.initUndistortRectifyMap(matrix - half, coefficients, None, new_matrix, (width, height), cv2.CV_32FC1)  # type: ignore
-    image = cv2.remap(image, *maps, interpolation=cv2.INTER_LINEAR)
-    if mask is not None:
-        mask = cv2.remap(mask.astype(np.float64), *maps, interpolation=cv2.INTER_NEAREST).astype(np.int64)
-    if depth is not None:
-        depth = cv2.remap(depth, *maps, interpolation=cv2.INTER_NEAREST)
-    return image, mask, depth, new_matrix + half
+    return nearest(read_depth(file, frames.depth_unit(index), _stored_size(frames, index)), size)

@@ -13,7 +13,8 @@ from jaxtyping import Bool, Float, Int
 from PIL import Image
 
 from snd_nerfstudio.errors import InputError
-from snd_nerfstudio.scenes.frames import UNREADABLE, Frames, load_depth
+from snd_nerfstudio.scenes.decoding import UNREADABLE
+from snd_nerfstudio.scenes.frames import Frames, load_depth
 
 LONGEST_SIDE = 640
 """Pixels of the images that features are found in."""

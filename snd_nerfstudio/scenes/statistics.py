@@ -9,7 +9,8 @@ import numpy as np
 from jaxtyping import Int
 
 from snd_nerfstudio.errors import InputError
-from snd_nerfstudio.scenes.frames import UNREADABLE, Frames, load_depth, read_mask
+from snd_nerfstudio.scenes.decoding import UNREADABLE, read_mask
+from snd_nerfstudio.scenes.frames import Frames, load_depth
 from snd_nerfstudio.scenes.mistakes import Verdict
 from snd_nerfstudio.scenes.overlap import overlap_matrix, scene_geometry
 

@@ -7,7 +7,8 @@ import torch
 from PIL import Image
 
 from snd_nerfstudio.errors import InputError
-from snd_nerfstudio.scenes.frames import Frames, check_frames, depth_bounds, load_views, read_mask
+from snd_nerfstudio.scenes.decoding import read_mask
+from snd_nerfstudio.scenes.frames import Frames, check_frames, depth_bounds, load_views
 
 
 @pytest.fixture

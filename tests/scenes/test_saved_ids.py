@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from snd_nerfstudio.errors import InputError
-from snd_nerfstudio.scenes.frames import read_mask
+from snd_nerfstudio.scenes.decoding import read_mask
 from snd_nerfstudio.scenes.saved_ids import read_saved_ids
 
 

@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from snd_nerfstudio.errors import InputError
-from snd_nerfstudio.scenes.frames import Frames, load_views, read_mask
+from snd_nerfstudio.scenes.decoding import read_mask
+from snd_nerfstudio.scenes.frames import Frames, load_views
 from snd_nerfstudio.scenes.masks.maker import MaskMaker, build_mask_maker, mask_folder
 from snd_nerfstudio.scenes.masks.sam import SamSettings
 from snd_nerfstudio.scenes.masks.superpixels import SuperpixelSegmenter, SuperpixelSettings
