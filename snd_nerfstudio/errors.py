@@ -8,6 +8,10 @@ class InputError(ValueError):
     """Something the user gave is wrong; the message names the file or flag, what is wrong, and what to do."""
 
 
+class BrokenFileError(InputError):
+    """A file of the dataset is missing, damaged, or not what it should be."""
+
+
 def show_input_errors_without_traceback() -> None:
     """Let an uncaught `InputError` end the process with its message alone; every other error looks as before."""
     previous = sys.excepthook

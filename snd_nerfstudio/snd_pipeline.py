@@ -165,7 +165,7 @@ class SnDPipeline(TripletPipeline):
         held_out = min(count, data.num_eval_triplets)
         if held_out:
             places = [number * data.num_eval_triplets // held_out for number in range(held_out)]
-            triplets = [data.eval_triplet(place, with_depth=True) for place in places]
+            triplets = data.eval_triplets(places, with_depth=True)
         else:
             triplets = data.train_triplets(count, with_depth=True)
         rows = [reconstruction_quality(data.reconstruct(triplet.context), triplet)[0] for triplet in triplets]

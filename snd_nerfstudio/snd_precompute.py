@@ -12,7 +12,7 @@ import torch
 import tyro
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from snd_nerfstudio.errors import InputError, show_input_errors_without_traceback
+from snd_nerfstudio.errors import BrokenFileError, InputError, show_input_errors_without_traceback
 
 
 @dataclass
@@ -76,13 +76,23 @@ def outcomes(config: Any, part: int, parts: int) -> Iterator[Tuple[str, int]]:
     frames = {"train": data.train_frames, "eval": data.eval_frames}
     wanted = wanted_triplets(config, data)
     mine = wanted[part::parts]
-    loader = Prefetcher(
-        lambda place: data.load(frames[mine[place][0]], mine[place][1]) if place < len(mine) else None,
-        pipeline.datamanager.workers,
-        pipeline.datamanager.prefetch,
-    )
+
+    def load(place: int) -> Any:
+        """A triplet, or why it cannot be read; None beyond the last."""
+        if place >= len(mine):
+            return None
+        try:
+            return data.load(frames[mine[place][0]], mine[place][1])
+        except BrokenFileError as error:
+            return error
+
+    loader = Prefetcher(load, pipeline.datamanager.workers, pipeline.datamanager.prefetch)
     for place in range(len(mine)):
         triplet = loader.get(place)
+        if isinstance(triplet, BrokenFileError):
+            data.faults.note(triplet, "a triplet")
+            yield "skipped", len(wanted)
+            continue
         assert triplet is not None
         key = maker.key(triplet, data.reconstructor_description)
         outcome = "present"

@@ -161,6 +161,7 @@ class SnDTrainer(Trainer):
         folder = self.config.load_dir
         if folder is not None and not list(folder.glob("step-*.ckpt")):
             raise InputError(f"--load-dir {folder}: no step-*.ckpt there; it is <run folder>/nerfstudio_models.")
+        self._check_data_unchanged()
         try:
             super()._load_checkpoint()
         except KeyError as error:
@@ -175,6 +176,24 @@ class SnDTrainer(Trainer):
             raise InputError(
                 f"The checkpoint of {where} cannot be loaded ({error}): choose another with --load-step."
             ) from error
+
+    def _check_data_unchanged(self) -> None:
+        """Notice if a run that is resumed was trained on another state of its dataset.
+
+        Raises:
+            InputError: it was, and that is not allowed.
+        """
+        folder = self.config.load_dir
+        if folder is None and self.config.load_checkpoint is not None:
+            folder = self.config.load_checkpoint.parent
+        check = getattr(self.pipeline.datamanager, "check_unchanged", None)
+        if folder is None or check is None or not (file := folder.parent / DATA_SUMMARY).is_file():
+            return
+        try:
+            summary = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise InputError(f"{file} is not valid JSON ({error}): delete it to resume without the check.") from error
+        check(summary, file)
 
     def train(self) -> None:
         """Train up to ``max_num_iterations`` steps in all."""

@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from snd_nerfstudio.errors import InputError
+from snd_nerfstudio.errors import BrokenFileError, InputError
 from snd_nerfstudio.scenes.views import ViewTriplet
 from snd_nerfstudio.snd_triplets import TripletDataManager
 from snd_nerfstudio.viewer.outputs import ShownScene
@@ -108,6 +108,8 @@ class TripletPipeline(VanillaPipeline):
             )
         self._after_loss(step)
         metrics = {name: value.detach() for name, value in outputs.items() if name != "loss"}
+        if self.datamanager.faults.count:
+            metrics["skipped"] = torch.tensor(float(self.datamanager.faults.count))
         self._latest = {"loss": outputs["loss"].detach(), **metrics}
         return outputs, {self.LOSS: outputs["loss"]}, metrics
 
@@ -144,8 +146,14 @@ class TripletPipeline(VanillaPipeline):
 
     def _eval_triplet_of(self, step: int) -> ViewTriplet:
         """A held-out triplet drawn from (seed, step) alone, so that a resumed run's curves are the same."""
-        number = np.random.default_rng([self.config.seed, step]).integers(self.datamanager.num_eval_triplets)
-        return self.datamanager.eval_triplet(int(number), with_depth=True)
+        generator = np.random.default_rng([self.config.seed, step])
+        # one that cannot be read is told, and the next of the shuffled ones is taken
+        for number in generator.permutation(self.datamanager.num_eval_triplets).tolist():
+            try:
+                return self.datamanager.eval_triplet(number, with_depth=True)
+            except BrokenFileError as error:
+                self.datamanager.faults.note(error, f"a held-out triplet, in step {step},")
+        raise InputError("No held-out triplet can be read.")
 
     @torch.no_grad()
     def get_eval_image_metrics_and_images(self, step: int) -> Tuple[Dict[str, Any], Dict[str, Any]]:
@@ -181,15 +189,24 @@ class TripletPipeline(VanillaPipeline):
         columns = (TextColumn("Evaluating held-out triplets"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, transient=True) as progress:
             for number in progress.track(range(count)):
-                metrics, pictures = self.evaluate(self.datamanager.eval_triplet(number, with_depth=True))
+                try:
+                    triplet = self.datamanager.eval_triplet(number, with_depth=True)
+                except BrokenFileError as error:
+                    self.datamanager.faults.note(error, "a held-out triplet")
+                    continue
+                metrics, pictures = self.evaluate(triplet)
                 rows.append(metrics)
                 if output_path is not None:
                     _save_pictures(pictures, output_path, number)
         self.train()
+        if not rows:
+            raise InputError(f"None of the {count} held-out triplets can be read.")
         # a triplet without any covered token has no loss and no cosine
         names = dict.fromkeys(name for row in rows for name in row)
         values = {name: torch.tensor([row[name] for row in rows if name in row]) for name in names}
         results = {name: float(value.mean()) for name, value in values.items()}
+        if len(rows) < count:
+            results["skipped"] = float(count - len(rows))
         if get_std:
             results |= {f"{name}_std": float(value.std(correction=0)) for name, value in values.items()}
         return results

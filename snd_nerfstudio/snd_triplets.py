@@ -1,5 +1,6 @@
 """From a dataset on disk to view triplets: what every method of this package trains on."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,8 +18,10 @@ from rich.progress import track
 from data_parsers.any_layout import parse
 from data_parsers.multi_scene import MultiSceneConfig
 from data_parsers.scannetpp import ScanNetppScenesConfig
-from snd_nerfstudio.errors import InputError
+from snd_nerfstudio.errors import BrokenFileError, InputError
 from snd_nerfstudio.reconstruction.mvsplat.checks import MAX_ANGLE, MIN_BASELINE
+from snd_nerfstudio.scenes.faults import Faults, OnError
+from snd_nerfstudio.scenes.fingerprint import dataset_fingerprint
 from snd_nerfstudio.scenes.frames import Frames, check_frames, depth_bounds, load_views
 from snd_nerfstudio.scenes.masks.maker import MaskMaker, MaskSource, build_mask_maker, mask_folder
 from snd_nerfstudio.scenes.masks.sam import SamSettings
@@ -107,6 +110,11 @@ class TripletDataManagerConfig(DataManagerConfig):
     the list is drawn at random and may hold a triplet twice. None: new ones at every step."""
     eval_triplets: int = 16
     """How many held-out triplets are evaluated, spread over the held-out scenes."""
+    on_error: OnError = "raise"
+    """A file that is missing or damaged: `raise` ends the run and names it; `skip` leaves out the triplets it belongs
+    to, counts them and names the file; nothing takes their place."""
+    changed_data: Literal["raise", "warn"] = "raise"
+    """On resuming a run whose dataset has changed since: stop, or warn and go on."""
     workers: int = 2
     """Threads that decode and resize ahead of training."""
     prefetch: int = 4
@@ -152,6 +160,7 @@ class TripletDataManager(DataManager):
         self.includes_time = False
         if config.data is not None:
             config.dataparser.data = Path(config.data)
+        self.faults = Faults(config.on_error, CONSOLE.log)
         train_outputs, eval_outputs = self._parse()
         self.train_dataparser_outputs = train_outputs
         folder = mask_folder(config.mask_cache, config.dataparser.data)
@@ -313,7 +322,7 @@ class TripletDataManager(DataManager):
     def _prepare(self, outputs: DataparserOutputs) -> tuple[Frames, SceneSampler]:
         config = self.config
         frames = to_frames(outputs)
-        check_frames(frames, self.config.masks == "stored", self.needs_depth)
+        check_frames(frames, self.config.masks == "stored", self.needs_depth, self.faults.note)
         if config.pairs == "overlap":
             return frames, self._overlap_sampler(frames)
         sampler = TripletSampler(
@@ -389,7 +398,40 @@ class TripletDataManager(DataManager):
             "instance_masks": self.with_masks,
             "mask_source": self.config.masks,
             "image_size": list(self.size),
+            "fingerprint": self.fingerprint,
         }
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash by which a changed dataset is noticed."""
+        parts = [self.train_frames] if self.eval_frames is None else [self.train_frames, self.eval_frames]
+        return " ".join(dataset_fingerprint(frames, self.config.dataparser.data)[:32] for frames in parts)
+
+    def check_unchanged(self, summary: dict[str, Any], file: Path) -> None:
+        """Compare the dataset with that of a run that is to be resumed.
+
+        Args:
+            summary: of the run, see `summary`.
+            file: it was read from.
+
+        Raises:
+            InputError: they differ, and `changed_data` is raise.
+        """
+        before = summary.get("fingerprint")
+        if before is None or before == self.fingerprint:
+            return
+        own = self.summary
+        counted = ("scenes", "frames", "held_out_frames")
+        changes = [f"{name.replace('_', ' ')}: {summary.get(name)} then, {own[name]} now" for name in counted
+                   if summary.get(name) != own[name]]  # fmt: skip
+        what = "; ".join(changes) or "as many frames as then, but other files, poses or intrinsics"
+        message = f"The dataset {self.config.dataparser.data} has changed since the run of {file.parent} began ({what})"
+        if self.config.changed_data == "raise":
+            raise InputError(
+                f"{message}: restore it, start a new run, or go on all the same with "
+                "--pipeline.datamanager.changed-data warn."
+            )
+        CONSOLE.log(f"[bold yellow]{message}; going on with it as it is now.")
 
     # ------------------------------------------------------------------ triplets
 
@@ -412,8 +454,15 @@ class TripletDataManager(DataManager):
             scene=frames.scene_names[int(frames.scene_index[index.target])],
         )
 
-    def _load_step(self, step: int) -> list[ViewTriplet]:
-        return [self.load(self.train_frames, index) for index in self.step_indices(step)]
+    def _load_step(self, step: int) -> list[Union[ViewTriplet, BrokenFileError]]:
+        """Its triplets; in the place of one that cannot be read, the reason."""
+        loaded: list[Union[ViewTriplet, BrokenFileError]] = []
+        for index in self.step_indices(step):
+            try:
+                loaded.append(self.load(self.train_frames, index))
+            except BrokenFileError as error:
+                loaded.append(error)
+        return loaded
 
     def step_indices(self, step: int) -> list[TripletIndex]:
         """The triplets of a training step: a function of (seed, step, rank) alone."""
@@ -438,8 +487,21 @@ class TripletDataManager(DataManager):
         return self.triplets.draw(self.seed, number, self.rank, 0, None, self.targets_per_pair)
 
     def next_train(self, step: int) -> list[ViewTriplet]:  # type: ignore[override]
-        """The triplets of a training step, on the device: a function of (seed, step, rank) alone."""
-        return [triplet.to(self.device) for triplet in self._prefetcher.get(step)]
+        """The triplets of a training step, on the device: a function of (seed, step, rank) alone.
+
+        Where broken files are skipped there may be fewer of them, or none.
+
+        Raises:
+            InputError: a file cannot be read, and `on_error` is raise; or for many steps there was nothing to read.
+        """
+        triplets = []
+        for loaded in self._prefetcher.get(step):
+            if isinstance(loaded, BrokenFileError):
+                self.faults.note(loaded, f"a triplet of step {step}")
+            else:
+                triplets.append(loaded.to(self.device))
+        self.faults.end_step(len(triplets))
+        return triplets
 
     @property
     def num_eval_triplets(self) -> int:
@@ -463,8 +525,28 @@ class TripletDataManager(DataManager):
             count: at most how many.
             with_depth: give contexts and targets their depth maps if every training frame has one.
         """
-        indices = self.triplets.spread(count)
-        return [self.load(self.train_frames, index, with_depth).to(self.device) for index in indices]
+        return self._readable(self.train_frames, self.triplets.spread(count), with_depth)
+
+    def eval_triplets(self, numbers: Sequence[int], with_depth: bool = False) -> list[ViewTriplet]:
+        """Several held-out triplets, on the device; see `eval_triplet`."""
+        assert self.eval_frames is not None
+        return self._readable(self.eval_frames, [self.eval_indices[number] for number in numbers], with_depth)
+
+    def _readable(self, frames: Frames, indices: Sequence[TripletIndex], with_depth: bool) -> list[ViewTriplet]:
+        """Those triplets that can be read, at least one.
+
+        Raises:
+            InputError: a file cannot be read, and `on_error` is raise; or none of them can be.
+        """
+        triplets = []
+        for index in indices:
+            try:
+                triplets.append(self.load(frames, index, with_depth).to(self.device))
+            except BrokenFileError as error:
+                self.faults.note(error, "a triplet")
+        if not triplets:
+            raise InputError(f"None of {len(indices)} triplets, spread over the dataset, can be read.")
+        return triplets
 
     # ------------------------------------------------------------------ what nerfstudio and its viewer ask for
 
@@ -500,8 +582,13 @@ class TripletDataManager(DataManager):
 
     @cached_property
     def shown_triplet(self) -> ViewTriplet:
-        """The training triplet that the viewer shows first."""
-        return self.shown(self.shown_indices(self.shown_scenes[0])[0])
+        """The training triplet that the viewer shows first: of those that can be read."""
+        for index in self.shown_indices(self.shown_scenes[0]):
+            try:
+                return self.shown(index)
+            except BrokenFileError as error:
+                self.faults.note(error, "a triplet")
+        raise InputError(f"No triplet of scene {self.shown_scenes[0]} can be read.")
 
     def get_train_rays_per_batch(self) -> int:
         """Target pixels per step: what nerfstudio paces the viewer by."""

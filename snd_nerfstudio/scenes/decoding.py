@@ -10,7 +10,7 @@ from einops import rearrange
 from jaxtyping import Float, Int, Integer, Shaped, UInt8
 from PIL import Image, UnidentifiedImageError
 
-from snd_nerfstudio.errors import InputError
+from snd_nerfstudio.errors import BrokenFileError
 from snd_nerfstudio.scenes.saved_ids import read_saved_ids
 
 UNREADABLE = (UnidentifiedImageError, Image.DecompressionBombError, OSError, EOFError, SyntaxError, ValueError)
@@ -46,7 +46,7 @@ def read_image(file: Path, at_least: tuple[int, int]) -> DecodedImage:
         at_least: height and width that the image will be resized to.
 
     Raises:
-        InputError: the file is missing or cannot be decoded.
+        BrokenFileError: the file is missing or cannot be decoded.
     """
     try:
         with Image.open(file) as image:
@@ -56,9 +56,9 @@ def read_image(file: Path, at_least: tuple[int, int]) -> DecodedImage:
                 image.draft(None, (width // reduction, height // reduction))
             pixels = np.asarray(image.convert("RGB"))
     except FileNotFoundError as error:
-        raise InputError(f"Image {file} does not exist.") from error
+        raise BrokenFileError(f"Image {file} does not exist.") from error
     except UNREADABLE as error:
-        raise InputError(f"Image {file} cannot be decoded ({error}): restore it or remove the frame.") from error
+        raise BrokenFileError(f"Image {file} cannot be decoded ({error}): restore it or remove the frame.") from error
     return DecodedImage(pixels, (height, width), height // pixels.shape[0])
 
 
@@ -77,7 +77,7 @@ def header_size(file: Path, kind: str) -> tuple[int, int]:
         kind: what it is, for messages.
 
     Raises:
-        InputError: it cannot be read.
+        BrokenFileError: it cannot be read.
     """
     try:
         if file.suffix == ".npy":
@@ -86,7 +86,7 @@ def header_size(file: Path, kind: str) -> tuple[int, int]:
         with Image.open(file) as image:
             return image.height, image.width
     except UNREADABLE as error:
-        raise InputError(f"{kind} {file} cannot be decoded ({error}): restore it or remove the frame.") from error
+        raise BrokenFileError(f"{kind} {file} cannot be decoded ({error}): restore it or remove the frame.") from error
 
 
 def read_mask(file: Path) -> Integer[np.ndarray, "h w"]:
@@ -97,7 +97,7 @@ def read_mask(file: Path) -> Integer[np.ndarray, "h w"]:
         Ids in the type they are stored in.
 
     Raises:
-        InputError: the file is missing, corrupt or has colour channels.
+        BrokenFileError: the file is missing, corrupt or has colour channels.
     """
     if file.suffix == SAVED_IDS:
         return read_saved_ids(file)
@@ -105,24 +105,24 @@ def read_mask(file: Path) -> Integer[np.ndarray, "h w"]:
         if file.suffix == ".npy":
             ids = np.load(file, allow_pickle=False)
             if ids.ndim != 2 or ids.dtype.kind not in "iub":
-                raise InputError(
+                raise BrokenFileError(
                     f"Instance mask {file} has shape {ids.shape} and type {ids.dtype}: it must have one channel of "
                     "integer ids."
                 )
             return ids.astype(np.uint8) if ids.dtype.kind == "b" else ids
         with Image.open(file) as image:
             if image.mode not in MASK_MODES:
-                raise InputError(
+                raise BrokenFileError(
                     f"Instance mask {file} has mode {image.mode}: it must have one channel of integer ids, not colours."
                 )
             ids = np.asarray(image)
             return ids.astype(np.uint8) if ids.dtype.kind == "b" else ids
-    except InputError:
+    except BrokenFileError:
         raise
     except FileNotFoundError as error:
-        raise InputError(f"Instance mask {file} does not exist.") from error
+        raise BrokenFileError(f"Instance mask {file} does not exist.") from error
     except UNREADABLE as error:
-        raise InputError(f"Instance mask {file} cannot be decoded ({error}).") from error
+        raise BrokenFileError(f"Instance mask {file} cannot be decoded ({error}).") from error
 
 
 def read_depth(file: Path, unit: float, image_size: tuple[int, int]) -> Float[np.ndarray, "h w"]:
@@ -137,7 +137,7 @@ def read_depth(file: Path, unit: float, image_size: tuple[int, int]) -> Float[np
         World units, float32; 0 = no value, also where the file has NaN, infinity or negative values.
 
     Raises:
-        InputError: the file is missing, corrupt or of another shape than its image; the message names it.
+        BrokenFileError: the file is missing, corrupt or of another shape than its image; the message names it.
     """
     try:
         if file.suffix == ".npy":
@@ -146,14 +146,14 @@ def read_depth(file: Path, unit: float, image_size: tuple[int, int]) -> Float[np
             with Image.open(file) as image:
                 depth = np.asarray(image).astype(np.float32) * unit
     except FileNotFoundError as error:
-        raise InputError(f"Depth map {file} does not exist.") from error
+        raise BrokenFileError(f"Depth map {file} does not exist.") from error
     except UNREADABLE as error:
-        raise InputError(f"Depth map {file} cannot be decoded ({error}).") from error
+        raise BrokenFileError(f"Depth map {file} cannot be decoded ({error}).") from error
     if depth.ndim != 2:
-        raise InputError(f"Depth map {file} has shape {depth.shape}: it must have one channel.")
+        raise BrokenFileError(f"Depth map {file} has shape {depth.shape}: it must have one channel.")
     height, width = image_size
     if abs(depth.shape[0] * width - depth.shape[1] * height) > max(height, width):
-        raise InputError(
+        raise BrokenFileError(
             f"Depth map {file} has {depth.shape[1]}x{depth.shape[0]} pixels, another shape than its image "
             f"({width}x{height}): depth must be registered to the image."
         )

@@ -1,18 +1,18 @@
 """All frames of a dataset as arrays, and reading some of them as `Views`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 import numpy as np
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Int, Shaped, UInt8
 
-from snd_nerfstudio.errors import InputError
+from snd_nerfstudio.errors import BrokenFileError, InputError
 from snd_nerfstudio.scenes.decoding import (
     SAVED_IDS,
     compact,
@@ -28,8 +28,22 @@ from snd_nerfstudio.scenes.lenses import Lens
 from snd_nerfstudio.scenes.masks.maker import FramePixels, MaskMaker, MaskOrigin
 from snd_nerfstudio.scenes.views import Views
 
+Note = Callable[[BrokenFileError, str], Any]
+"""Is told of a broken file and what has to be left out for it; raises the error, or does not."""
 HEADERS_CHECKED = 10_000
 """Of larger datasets this many headers, evenly spread, are read before training."""
+
+
+FIRST_FRAME_SIZE = (64, 96)
+"""At which a scene's first frame is looked at."""
+MOST_MISSING = 0.1
+"""A dataset that lacks more of its files is an error in any case."""
+THREADS = 8
+
+
+def raise_it(error: BrokenFileError, what: str) -> None:
+    """Nothing is left out."""
+    raise error
 
 
 @dataclass(frozen=True)
@@ -101,13 +115,14 @@ def depth_bounds(frames: Frames, looked_at: int = 48) -> tuple[float, float]:
     return float(near / 1.1), float(far * 1.1)
 
 
-def check_frames(frames: Frames, needs_masks: bool, needs_depth: bool) -> None:
+def check_frames(frames: Frames, needs_masks: bool, needs_depth: bool, note: Note = raise_it) -> None:
     """Find what is wrong with a dataset before training starts, as far as that can be known without decoding it all.
 
     Args:
         frames: the dataset.
         needs_masks: whether every frame must have an instance mask.
         needs_depth: whether every frame must have a depth map.
+        note: called with each file that is missing or damaged, and what it is; raises the error, or does not.
 
     Raises:
         InputError: a pose is not finite or not invertible, intrinsics are unusable, a file is missing or by its header
@@ -133,15 +148,12 @@ def check_frames(frames: Frames, needs_masks: bool, needs_depth: bool) -> None:
     if not (np.isfinite(frames.intrinsics).all() and (focal > 0).all()):
         bad = int(np.flatnonzero(~(np.isfinite(frames.intrinsics).all(axis=(1, 2)) & (focal > 0).all(axis=1)))[0])
         raise InputError(f"Camera intrinsics of {frames.image_files[bad]} are not positive finite numbers.")
-    _check_files_exist(frames, needs_masks, needs_depth)
-    _check_headers(frames, needs_masks)
-    size = (int(frames.sizes[0, 0]), int(frames.sizes[0, 1]))
-    for scene in np.unique(frames.scene_index):
-        first = int(np.flatnonzero(frames.scene_index == scene)[0])
-        load_views(frames, [first], size, with_masks=needs_masks, with_depth=needs_depth)
+    _check_files_exist(frames, needs_masks, needs_depth, note)
+    _check_headers(frames, needs_masks, note)
+    _check_first_frames(frames, needs_masks, needs_depth, note)
 
 
-def _check_files_exist(frames: Frames, needs_masks: bool, needs_depth: bool) -> None:
+def _check_files_exist(frames: Frames, needs_masks: bool, needs_depth: bool, note: Note) -> None:
     wanted: list[tuple[str, Optional[Sequence[Optional[Path]]], str]] = [
         ("image", frames.image_files, "restore it, or remove the frame from the scene's transforms file")
     ]
@@ -160,8 +172,11 @@ def _check_files_exist(frames: Frames, needs_masks: bool, needs_depth: bool) -> 
         if not present.all():
             bad = int(np.argmin(present))
             name = files[bad] if files[bad] is not None else f"for {frames.image_files[bad]}"
-            count = int((~present).sum())
-            raise InputError(f"Missing {kind} {name} ({count} of {len(present)} are missing): {remedy}.")
+            missing = int((~present).sum())
+            error = BrokenFileError(f"Missing {kind} {name} ({missing} of {len(present)} are missing): {remedy}.")
+            if missing > MOST_MISSING * len(present):
+                raise error
+            note(error, "triplets with these files")
 
 
 def _on_disk(files: Sequence[Optional[Path]]) -> Bool[np.ndarray, "n"]:
@@ -169,7 +184,7 @@ def _on_disk(files: Sequence[Optional[Path]]) -> Bool[np.ndarray, "n"]:
     return (files if isinstance(files, FileList) else FileList.of(files)).exist()
 
 
-def _check_headers(frames: Frames, needs_masks: bool) -> None:
+def _check_headers(frames: Frames, needs_masks: bool, note: Note) -> None:
     """Compare the sizes that the headers of images and masks state, without decoding them."""
 
     def check(index: int) -> None:
@@ -180,8 +195,31 @@ def _check_headers(frames: Frames, needs_masks: bool) -> None:
             _check_mask_size(mask_file, header_size(mask_file, "Instance mask"), _stored_size(frames, index))
 
     count = min(len(frames), HEADERS_CHECKED)
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(check, np.linspace(0, len(frames) - 1, count).astype(int).tolist()))
+    _check_each(np.linspace(0, len(frames) - 1, count).astype(int), check, note)
+
+
+def _check_first_frames(frames: Frames, needs_masks: bool, needs_depth: bool, note: Note) -> None:
+    """Decode the first frame of each scene."""
+    _, firsts = np.unique(frames.scene_index, return_index=True)
+
+    def check(index: int) -> None:
+        load_views(frames, [index], FIRST_FRAME_SIZE, with_masks=needs_masks, with_depth=needs_depth)
+
+    _check_each(firsts, check, note)
+
+
+def _check_each(indices: Int[np.ndarray, "n"], check: Callable[[int], None], note: Note) -> None:
+    def fault(index: int) -> Optional[BrokenFileError]:
+        try:
+            check(index)
+        except BrokenFileError as error:
+            return error
+        return None
+
+    with ThreadPoolExecutor(THREADS) as pool:  # both wait for the disk, and decoding leaves the interpreter free
+        for error in pool.map(fault, indices.tolist()):
+            if error is not None:
+                note(error, "triplets with this frame")
 
 
 def _stored_size(frames: Frames, index: int) -> tuple[int, int]:
@@ -191,7 +229,7 @@ def _stored_size(frames: Frames, index: int) -> tuple[int, int]:
 def _check_image_size(frames: Frames, index: int, size: tuple[int, ...]) -> None:
     height, width = _stored_size(frames, index)
     if size != (height, width):
-        raise InputError(
+        raise BrokenFileError(
             f"{frames.image_files[index]} has {size[1]}x{size[0]} pixels but its camera was calibrated for "
             f"{width}x{height}: correct `w` and `h` in the transforms file or restore the image."
         )
@@ -199,7 +237,7 @@ def _check_image_size(frames: Frames, index: int, size: tuple[int, ...]) -> None
 
 def _check_mask_size(file: Path, size: tuple[int, ...], image_size: tuple[int, ...]) -> None:
     if size != image_size:
-        raise InputError(
+        raise BrokenFileError(
             f"{file} has {size[1]}x{size[0]} pixels but its image has {image_size[1]}x{image_size[0]}: a mask must "
             "have its image's size."
         )
@@ -328,7 +366,7 @@ def _intrinsics_at(frames: Frames, index: int, size: tuple[int, int], lens: Opti
 def _file_of(files: Optional[Sequence[Optional[Path]]], index: int, image_file: Path, kind: str) -> Path:
     file = None if files is None else files[index]
     if file is None:
-        raise InputError(f"{image_file} has no {kind} file.")
+        raise BrokenFileError(f"{image_file} has no {kind} file.")
     return file
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from jaxtyping import Int
 
-from snd_nerfstudio.errors import InputError
+from snd_nerfstudio.errors import BrokenFileError
 
 _WRONG = (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, TypeError, KeyError, AttributeError, OSError)
 """What torch raises on files that are damaged or hold something else."""
@@ -22,10 +22,10 @@ def read_saved_ids(file: Path) -> Int[np.ndarray, "h w"]:
         int64; 0 where no instance is known, also where the file has a negative number.
 
     Raises:
-        InputError: the file is missing, damaged, or holds something else than one array or tensor of integers.
+        BrokenFileError: the file is missing, damaged, or holds something else than one array or tensor of integers.
     """
     if not hasattr(torch.serialization, "safe_globals"):
-        raise InputError(f"Instance mask {file}: numpy arrays in .pth files are read with torch 2.5 or later.")
+        raise BrokenFileError(f"Instance mask {file}: numpy arrays in .pth files are read with torch 2.5 or later.")
     array = np.zeros(0, np.int64)
     rebuild = array.__reduce__()[0]
     kinds = [type(np.dtype(f"{sign}{size}")) for sign in "iu" for size in (1, 2, 4, 8)]
@@ -37,14 +37,14 @@ def read_saved_ids(file: Path) -> Int[np.ndarray, "h w"]:
         with torch.serialization.safe_globals(known):
             ids = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
-        raise InputError(f"Instance mask {file} does not exist.") from error
+        raise BrokenFileError(f"Instance mask {file} does not exist.") from error
     except _WRONG as error:
-        raise InputError(
+        raise BrokenFileError(
             f"Instance mask {file} is damaged, or holds more than an array of numbers, which is not opened: it could "
             "run code. Write the ids as 16-bit PNG instead."
         ) from error
     ids = ids.numpy() if isinstance(ids, torch.Tensor) else ids
     if not isinstance(ids, np.ndarray) or ids.ndim != 2 or ids.dtype.kind not in "iu":
         found = f"{ids.dtype} {ids.shape}" if isinstance(ids, np.ndarray) else type(ids).__name__
-        raise InputError(f"Instance mask {file} holds {found}; expected one array of integers, height by width.")
+        raise BrokenFileError(f"Instance mask {file} holds {found}; expected one array of integers, height by width.")
     return np.maximum(ids.astype(np.int64), 0)
