@@ -10,15 +10,7 @@ other frames, cameras, masks, reconstructor weights or settings it is another na
 
 import hashlib
 import json
-import os
-import re
-import shutil
-import threading
-import time
-import uuid
 from collections.abc import Callable, Mapping
-from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +19,7 @@ import torch
 from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
-from snd_nerfstudio.errors import InputError
+from snd_nerfstudio.cache_files import CacheFolder, CacheMessages, CacheStatistics
 from snd_nerfstudio.scenes.views import ViewTriplet
 from snd_nerfstudio.supervision.settings import SupervisionSettings
 from snd_nerfstudio.supervision.token_operator import SparseRows, TokenOperator
@@ -38,14 +30,17 @@ STEPS = 65535
 """Steps of a stored value, from 0 to the largest of its row."""
 NARROW = 1 << 16
 """Matrices with more columns than this have wider column indices."""
-ABANDONED_AFTER = 24 * 3600.0
-"""Seconds after which a temporary file is taken to be of a process that was killed."""
-TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.tmp")
-"""Names of files that are being written."""
-COUNT_EVERY = 256
-"""Files written between counts of what other processes wrote to the same folder."""
-RECOUNT_AFTER = 10.0
-"""Seconds after which a full folder is counted again before anything more is refused."""
+MESSAGES = CacheMessages(
+    refused="--pipeline.datamanager.operator-cache {root} cannot be written to ({error}). Give another folder.",
+    read_only=None,
+    unreadable="The cached operator {path} cannot be read ({error}); it is built anew.",
+    damaged="The cached operator {path} is damaged ({error}); it is built anew.",
+    unwritable="The operator cache {folder} cannot be written to ({error}); {free:.3g} GB are free on its disk. What "
+    "is in it is used, operators that are not are built at every use.",
+    full="The operator cache {folder} is full: {size:.3g} GB of {limit:.3g} GB "
+    "(--pipeline.datamanager.operator-cache-limit); {free:.3g} GB are free on its disk. What is in it is used, "
+    "operators that are not are built at every use.",
+)
 
 
 def content_digest(triplet: ViewTriplet) -> str:
@@ -179,18 +174,6 @@ def _checksum(arrays: Mapping[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-@dataclass
-class CacheStatistics:
-    """What happened since the cache was opened, in this process."""
-
-    found: int = 0
-    missing: int = 0
-    damaged: int = 0
-    written: int = 0
-    turned_away: int = 0
-    """Not written because the cache is full."""
-
-
 class OperatorCache:
     """A folder of operators; several threads and processes may use it at once.
 
@@ -204,52 +187,26 @@ class OperatorCache:
     """
 
     def __init__(self, folder: Path, limit: float, log: Callable[[str], Any] = print) -> None:
-        self.folder, self.limit = Path(folder), limit
         self.statistics = CacheStatistics()
-        self._log = log
-        self._lock = threading.Lock()
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            probe = self.folder / f".{uuid.uuid4().hex}.tmp"
-            probe.touch()
-            probe.unlink()
-        except OSError as error:
-            raise InputError(
-                f"--pipeline.datamanager.operator-cache {folder} cannot be written to ({error}). Give another folder."
-            ) from error
-        self._remove_abandoned()
-        self._bytes, self._since_count, self._told_full = self._count(), 0, False
-        self._counted = time.monotonic()
+        self._files = CacheFolder(folder, ".safetensors", MESSAGES, self.statistics, limit, log=log)
+        self.folder, self.limit = self._files.folder, limit
+
+    @property
+    def size(self) -> int:
+        """Bytes in the folder, as far as this process knows."""
+        return self._files.size
 
     def path(self, key: str) -> Path:
         """Where an operator is, or would be."""
-        return self.folder / key[:2] / f"{key}.safetensors"
+        return self._files.path(key)
 
     def get(self, key: str) -> TokenOperator | None:
         """The operator, or None if there is none that can be read; a damaged file is deleted and reported."""
-        path = self.path(key)
-        try:
-            contents = path.read_bytes()
-        except FileNotFoundError:
-            self._add("missing")
-            return None
-        except OSError as error:
-            self._add("missing")
-            self._log(f"The cached operator {path} cannot be read ({error}); it is built anew.")
-            return None
-        try:
-            operator = decode(contents, key)
-        except ValueError as error:
-            self._add("damaged")
-            self._log(f"The cached operator {path} is damaged ({error}); it is built anew.")
-            self._delete(path)
-            return None
-        self._add("found")
-        return operator
+        return self._files.get(key, lambda contents: decode(contents, key))
 
     def put(self, key: str, operator: TokenOperator) -> bool:
         """Write an operator; readers see all of it or nothing. Returns False if the cache is full or out of disk."""
-        return self._write(key, encode(operator, key))
+        return self._files.write(key, encode(operator, key))
 
     def keep(self, key: str, operator: TokenOperator) -> TokenOperator:
         """Write an operator, and return it as `get` will give it, whether there was room for it or not.
@@ -257,85 +214,5 @@ class OperatorCache:
         What is used then does not depend on what the folder happens to hold, which keeps resuming exact.
         """
         contents = encode(operator, key)
-        self._write(key, contents)
+        self._files.write(key, contents)
         return decode(contents, key)
-
-    def _write(self, key: str, contents: bytes) -> bool:
-        path = self.path(key)
-        if not self._has_room(len(contents)):
-            self._add("turned_away")
-            return False
-        temporary = path.parent / f".{uuid.uuid4().hex}.tmp"
-        try:
-            path.parent.mkdir(exist_ok=True)
-            temporary.write_bytes(contents)
-            replaced = _size_of(path)
-            os.replace(temporary, path)
-        except OSError as error:
-            with suppress(OSError):
-                temporary.unlink()
-            self._add("turned_away")
-            self._tell_full(f"The operator cache {self.folder} cannot be written to ({error})")
-            return False
-        with self._lock:
-            self._bytes += len(contents) - replaced
-            self._since_count += 1
-            self.statistics.written += 1
-        return True
-
-    @property
-    def size(self) -> int:
-        """Bytes in the folder, as far as this process knows."""
-        return self._bytes
-
-    def _add(self, name: str) -> None:
-        with self._lock:
-            setattr(self.statistics, name, getattr(self.statistics, name) + 1)
-
-    def _has_room(self, more: int) -> bool:
-        with self._lock:
-            if self._since_count >= COUNT_EVERY:
-                self._bytes, self._since_count = self._count(), 0
-            room = self._bytes + more <= self.limit
-            if not room and time.monotonic() > self._counted + RECOUNT_AFTER:  # others may have made room
-                self._bytes, self._counted = self._count(), time.monotonic()
-                room = self._bytes + more <= self.limit
-        if not room:
-            self._tell_full(
-                f"The operator cache {self.folder} is full: {self._bytes / 1e9:.3g} GB of "
-                f"{self.limit / 1e9:.3g} GB (--pipeline.datamanager.operator-cache-limit)"
-            )
-        return room
-
-    def _tell_full(self, reason: str) -> None:
-        if not self._told_full:
-            self._told_full = True
-            free = shutil.disk_usage(self.folder).free
-            self._log(
-                f"{reason}; {free / 1e9:.3g} GB are free on its disk. What is in it is used, operators that are not "
-                "are built at every use."
-            )
-
-    def _delete(self, path: Path) -> None:
-        size = _size_of(path)
-        with suppress(OSError):
-            path.unlink()
-            with self._lock:
-                self._bytes -= size
-
-    def _count(self) -> int:
-        return sum(_size_of(path) for path in self.folder.glob("??/*.safetensors"))
-
-    def _remove_abandoned(self) -> None:
-        for path in [*self.folder.glob(".*.tmp"), *self.folder.glob("??/.*.tmp")]:
-            with suppress(OSError):  # another process may be faster
-                if TEMPORARY.fullmatch(path.name) and time.time() - path.stat().st_mtime > ABANDONED_AFTER:
-                    path.unlink()
-
-
-def _size_of(path: Path) -> int:
-    """Bytes of a file; 0 if there is none."""
-    try:
-        return path.stat().st_size
-    except OSError:
-        return 0

@@ -16,11 +16,10 @@ import torch
 from safetensors import safe_open
 from safetensors.numpy import load as load_safetensors
 
+from snd_nerfstudio.cache_files import ABANDONED_AFTER, COUNT_EVERY
 from snd_nerfstudio.errors import InputError
 from snd_nerfstudio.scenes.views import Views, ViewTriplet
 from snd_nerfstudio.supervision.operator_cache import (
-    ABANDONED_AFTER,
-    COUNT_EVERY,
     OperatorCache,
     content_digest,
     decode,
@@ -424,7 +423,7 @@ def test_a_folder_that_others_have_emptied_has_room_again(tmp_path, monkeypatch)
     cache, said = open_cache(tmp_path, limit=1.5 * size)
     assert cache.put(key_of(0), make_operator()) and not cache.put(key_of(1), make_operator())
     cache.path(key_of(0)).unlink()
-    monkeypatch.setattr("snd_nerfstudio.supervision.operator_cache.RECOUNT_AFTER", -1.0)
+    monkeypatch.setattr("snd_nerfstudio.cache_files.RECOUNT_AFTER", -1.0)
     assert cache.put(key_of(1), make_operator()) and cache.size == size and len(said) == 1
 
 
@@ -447,7 +446,7 @@ def test_a_full_cache_says_so_once_and_serves_what_it_has(tmp_path):
 
 
 def test_what_other_processes_write_counts_too_in_the_long_run(tmp_path, monkeypatch):
-    monkeypatch.setattr("snd_nerfstudio.supervision.operator_cache.COUNT_EVERY", 3)
+    monkeypatch.setattr("snd_nerfstudio.cache_files.COUNT_EVERY", 3)
     assert COUNT_EVERY > 3
     size = len(encode(make_operator(), key_of(0)))
     cache, _ = open_cache(tmp_path, limit=7.0 * size)

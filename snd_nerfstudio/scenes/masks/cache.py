@@ -7,14 +7,7 @@ chunks. ``settings.json`` beside them says in words what made them.
 import hashlib
 import io
 import json
-import os
-import re
-import threading
-import time
-import uuid
 from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,26 +16,19 @@ from jaxtyping import Int
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from snd_nerfstudio.errors import InputError
+from snd_nerfstudio.cache_files import CacheFolder, CacheMessages, FileStatistics
 
 FORMAT = 1
 """To be raised whenever the layout of files or the meaning of keys changes."""
 FLAG = "--pipeline.datamanager.mask-cache"
 MOST_IDS = 65_535
-ABANDONED_AFTER = 24 * 3600.0
-"""Seconds after which a temporary file is taken to be of a process that was killed."""
-TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.tmp")
-"""Names of files that are being written."""
-
-
-@dataclass
-class MaskStatistics:
-    """What happened since the cache was opened, in this process."""
-
-    found: int = 0
-    missing: int = 0
-    damaged: int = 0
-    written: int = 0
+MESSAGES = CacheMessages(
+    refused=f"{{root}} cannot be written to ({{error}}), and masks are kept there: give another folder with {FLAG}.",
+    read_only="{folder} cannot be written to ({error}): its masks are used, others are made at every use.",
+    unreadable="The mask {path} cannot be read ({error}); it is made anew.",
+    damaged="The mask {path} is damaged ({error}); it is made anew.",
+    unwritable="{folder} cannot be written to any more ({error}): masks are made at every use.",
+)
 
 
 class MaskCache:
@@ -64,84 +50,27 @@ class MaskCache:
     def __init__(self, folder: Path, kind: str, description: dict[str, Any], log: Callable[[str], Any] = print) -> None:
         described = json.dumps({"format": FORMAT, "kind": kind, **description}, sort_keys=True, indent=1)
         self.settings_key = hashlib.sha256(described.encode()).hexdigest()
-        self.folder = Path(folder) / f"{kind}-{self.settings_key[:12]}"
-        self.statistics = MaskStatistics()
-        self._log = log
-        self._lock = threading.Lock()
-        self._writable = True
-        existed = self.folder.is_dir()
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._replace(self.folder / "settings.json", described.encode())
-            self._remove_abandoned()
-        except OSError as error:
-            if not existed:
-                raise InputError(
-                    f"{folder} cannot be written to ({error}), and masks are kept there: give another folder with "
-                    f"{FLAG}."
-                ) from error
-            self._writable = False
-            log(f"{self.folder} cannot be written to ({error}): its masks are used, others are made at every use.")
+        self.statistics = FileStatistics()
+        name = f"{kind}-{self.settings_key[:12]}"
+        self._files = CacheFolder(folder, ".png", MESSAGES, self.statistics, within=name, settings=described, log=log)
+        self.folder = self._files.folder
+        self._given_up = not self._files.writable
 
     def path(self, key: str) -> Path:
         """Where a mask is, or would be."""
-        return self.folder / key[:2] / f"{key}.png"
+        return self._files.path(key)
 
     def get(self, key: str) -> Int[np.ndarray, "H W"] | None:
         """The mask, or None if there is none that can be read; a damaged file is reported."""
-        path = self.path(key)
-        try:
-            contents = path.read_bytes()
-        except FileNotFoundError:
-            self._count("missing")
-            return None
-        except OSError as error:
-            self._count("missing")
-            self._log(f"The mask {path} cannot be read ({error}); it is made anew.")
-            return None
-        try:
-            mask = decode(contents, key)
-        except ValueError as error:
-            self._count("damaged")
-            self._log(f"The mask {path} is damaged ({error}); it is made anew.")
-            return None
-        self._count("found")
-        return mask
+        return self._files.get(key, lambda contents: decode(contents, key))
 
     def put(self, key: str, mask: Int[np.ndarray, "H W"]) -> bool:
         """Write a mask; readers see all of it or nothing. Returns False if the disk does not take it."""
-        if not self._writable:
+        if self._given_up:  # encoding for nothing takes time
             return False
-        path = self.path(key)
-        try:
-            path.parent.mkdir(exist_ok=True)
-            self._replace(path, encode(mask, key))
-        except OSError as error:
-            self._writable = False
-            self._log(f"{self.folder} cannot be written to any more ({error}): masks are made at every use.")
-            return False
-        self._count("written")
-        return True
-
-    def _replace(self, path: Path, contents: bytes) -> None:
-        temporary = path.parent / f".{uuid.uuid4().hex}.tmp"
-        try:
-            temporary.write_bytes(contents)
-            os.replace(temporary, path)
-        except OSError:
-            with suppress(OSError):
-                temporary.unlink()
-            raise
-
-    def _count(self, name: str) -> None:
-        with self._lock:
-            setattr(self.statistics, name, getattr(self.statistics, name) + 1)
-
-    def _remove_abandoned(self) -> None:
-        for path in [*self.folder.glob(".*.tmp"), *self.folder.glob("??/.*.tmp")]:
-            with suppress(OSError):  # another process may be faster
-                if TEMPORARY.fullmatch(path.name) and time.time() - path.stat().st_mtime > ABANDONED_AFTER:
-                    path.unlink()
+        written = self._files.write(key, encode(mask, key))
+        self._given_up |= not written
+        return written
 
 
 def encode(mask: Int[np.ndarray, "H W"], key: str) -> bytes:
