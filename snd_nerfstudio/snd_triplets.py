@@ -22,6 +22,7 @@ from snd_nerfstudio.errors import BrokenFileError, InputError
 from snd_nerfstudio.reconstruction.mvsplat.checks import MAX_ANGLE, MIN_BASELINE
 from snd_nerfstudio.scenes.faults import Faults, OnError
 from snd_nerfstudio.scenes.fingerprint import dataset_fingerprint
+from snd_nerfstudio.scenes.frame_cache import FrameCache
 from snd_nerfstudio.scenes.frames import Frames, check_frames, depth_bounds, load_views
 from snd_nerfstudio.scenes.masks.maker import MaskMaker, MaskSource, build_mask_maker, mask_folder
 from snd_nerfstudio.scenes.masks.sam import SamSettings
@@ -115,6 +116,11 @@ class TripletDataManagerConfig(DataManagerConfig):
     to, counts them and names the file; nothing takes their place."""
     changed_data: Literal["raise", "warn"] = "raise"
     """On resuming a run whose dataset has changed since: stop, or warn and go on."""
+    frame_cache: Optional[Path] = None
+    """Folder that keeps frames as they are trained on: 0.9 MB each at 448 x 672, read in a fraction of the time that
+    decoding takes. None: nothing is kept."""
+    frame_cache_limit: float = 50.0
+    """Most gigabytes that the folder may hold; what comes later is not kept."""
     workers: int = 2
     """Threads that decode and resize ahead of training."""
     prefetch: int = 4
@@ -167,6 +173,9 @@ class TripletDataManager(DataManager):
         self.mask_maker: Optional[MaskMaker] = build_mask_maker(
             config.masks, config.superpixels, config.sam, folder, CONSOLE.log
         )
+        self.frame_cache: Optional[FrameCache] = None
+        if config.frame_cache is not None:
+            self.frame_cache = FrameCache(config.frame_cache, config.frame_cache_limit * 1e9, CONSOLE.log)
         self.train_frames, self.triplets = self._prepare(train_outputs)
         self._report()
         self.eval_frames: Optional[Frames] = None
@@ -251,6 +260,8 @@ class TripletDataManager(DataManager):
         for name in ("triplets_per_step", "workers", "prefetch", "eval_triplets"):
             if getattr(self.config, name) < 1:
                 raise InputError(f"--pipeline.datamanager.{name.replace('_', '-')} must be at least 1.")
+        if self.config.frame_cache_limit <= 0:
+            raise InputError("--pipeline.datamanager.frame-cache-limit must be above 0 gigabytes.")
         if self.config.triplet_pool is not None and self.config.triplet_pool < 1:
             raise InputError("--pipeline.datamanager.triplet-pool must be at least 1, or None.")
         if self.config.triplet_pool is not None and self.config.gap_warmup_steps:
@@ -446,7 +457,8 @@ class TripletDataManager(DataManager):
         all_depth = with_depth and frames.has_depth
 
         def views(indices: list[int], depth: bool) -> Views:
-            return load_views(frames, indices, self.size, self.config.masks == "stored", depth, self.mask_maker)
+            stored = self.config.masks == "stored"
+            return load_views(frames, indices, self.size, stored, depth, self.mask_maker, self.frame_cache)
 
         return ViewTriplet(
             context=views(list(index.context), all_depth or self.needs_depth),

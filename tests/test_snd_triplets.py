@@ -144,6 +144,15 @@ def test_masks_are_kept_where_the_user_says(capture, tmp_path_factory):
     assert list((folder / "masks").rglob("*.png")) and not (capture / ".snd_masks").exists()
 
 
+def test_frames_are_kept_where_the_user_says_and_are_the_same_when_they_are_found(rooms, tmp_path):
+    plain = manager(rooms).next_train(0)[0]
+    first = manager(rooms, frame_cache=tmp_path / "frames")
+    assert torch.equal(first.next_train(0)[0].context.images, plain.context.images)
+    second = manager(rooms, frame_cache=tmp_path / "frames")
+    assert torch.equal(second.next_train(0)[0].context.images, plain.context.images)
+    assert second.frame_cache.statistics.found >= 3 and not second.frame_cache.statistics.damaged
+
+
 def test_a_dataset_that_cannot_be_written_to_names_the_flag(capture):
     (capture / ".snd_masks").write_text("in the way")
     with pytest.raises(InputError, match="--pipeline.datamanager.mask-cache"):

@@ -20,7 +20,7 @@ from snd_nerfstudio.cache_files import CacheFolder, CacheMessages, CacheStatisti
 
 FORMAT = 1
 """To be raised whenever the layout of files or the meaning of keys changes."""
-DECODING = "Pillow's RGB; distortion removed at full size, bilinear; resized by Pillow, bicubic with antialiasing"
+DECODING = "RGB, JPEGs at the smallest size that is enough; distortion removed, bilinear; resized, bicubic, antialiased"
 """How pixels come from a file. To be changed with it: frames that were made in another way then have other names."""
 FLAG = "--pipeline.datamanager.frame-cache"
 KEY_BYTES, CHECKSUM_BYTES = 32, 4
@@ -63,7 +63,7 @@ class FrameCache:
         Args:
             image_sha256: hash of the image file.
             size: height and width that it is resized to.
-            camera: intrinsics and lens distortion; empty where there is no distortion, since then they do not matter.
+            camera: the size that the image is calibrated for; with distortion, intrinsics and distortion too.
         """
         numbers = [float(value) for value in camera]
         described = json.dumps([FORMAT, DECODING, image_sha256, [int(side) for side in size], numbers])

@@ -12,6 +12,7 @@ import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Int, Shaped, UInt8
 
+from snd_nerfstudio.checksums import sha256
 from snd_nerfstudio.errors import BrokenFileError, InputError
 from snd_nerfstudio.scenes.decoding import (
     SAVED_IDS,
@@ -24,6 +25,7 @@ from snd_nerfstudio.scenes.decoding import (
     resized,
 )
 from snd_nerfstudio.scenes.file_list import FileList
+from snd_nerfstudio.scenes.frame_cache import FrameCache
 from snd_nerfstudio.scenes.lenses import Lens
 from snd_nerfstudio.scenes.masks.maker import FramePixels, MaskMaker, MaskOrigin
 from snd_nerfstudio.scenes.views import Views
@@ -250,6 +252,7 @@ def load_views(
     with_masks: bool,
     with_depth: bool,
     mask_maker: Optional[MaskMaker] = None,
+    frame_cache: Optional[FrameCache] = None,
 ) -> Views:
     """Decode and resize some frames.
 
@@ -264,6 +267,7 @@ def load_views(
         with_masks: read the dataset's instance masks.
         with_depth: read depth maps.
         mask_maker: makes instance masks instead, at the size that is resized to.
+        frame_cache: keeps images as they are resized to.
 
     Returns:
         Views on the CPU, float32.
@@ -279,9 +283,7 @@ def load_views(
         def at_size(values: Shaped[np.ndarray, "h w"], lens: Optional[Lens] = lens) -> Shaped[np.ndarray, "H W"]:
             return nearest(values, size) if lens is None else lens.picked(values, size)
 
-        decoded = read_image(image_file, size)
-        _check_image_size(frames, index, decoded.stored_size)
-        image = resized(decoded.pixels if lens is None else lens.undistorted(decoded.pixels), size)
+        image = _image_at(frames, index, size, lens, frame_cache)
         images.append(rearrange(torch.from_numpy(image), "h w c -> c h w").float() / 255)
         intrinsics.append(torch.from_numpy(_intrinsics_at(frames, index, size, lens).astype(np.float32)))
         if mask_maker is not None:
@@ -303,6 +305,30 @@ def load_views(
         depths=torch.from_numpy(np.stack(depths)) if depths else None,
         names=tuple(frames.image_files[index].name for index in indices),
     )
+
+
+def _image_at(
+    frames: Frames, index: int, size: tuple[int, int], lens: Optional[Lens], cache: Optional[FrameCache]
+) -> UInt8[np.ndarray, "h w 3"]:
+    """A frame's image as it is trained, from the cache where it is in it."""
+    file = frames.image_files[index]
+    key = None
+    if cache is not None:
+        height, width = _stored_size(frames, index)
+        camera = (float(height), float(width), *(() if lens is None else (*lens.matrix, *lens.distortion)))
+        try:
+            key = cache.key(sha256(file), size, camera)
+        except OSError as error:
+            raise BrokenFileError(f"Image {file} cannot be read ({error.strerror}).") from error
+        found = cache.get(key, size)
+        if found is not None:
+            return found
+    decoded = read_image(file, size)
+    _check_image_size(frames, index, decoded.stored_size)
+    image = resized(decoded.pixels if lens is None else lens.undistorted(decoded.pixels), size)
+    if cache is not None and key is not None:
+        cache.put(key, image)
+    return image
 
 
 def mask_origin(frames: Frames, index: int, size: tuple[int, int], uses_depth: bool) -> MaskOrigin:

@@ -8,6 +8,7 @@ from PIL import Image
 
 from snd_nerfstudio.errors import InputError
 from snd_nerfstudio.scenes.decoding import read_mask
+from snd_nerfstudio.scenes.frame_cache import FrameCache
 from snd_nerfstudio.scenes.frames import Frames, check_frames, depth_bounds, load_views
 
 
@@ -211,3 +212,15 @@ def test_masks_of_eight_and_sixteen_bits_are_read(tmp_path):
     for dtype in (np.uint8, np.uint16):
         Image.fromarray(np.array([[0, 200]], dtype)).save(tmp_path / "m.png")
         assert read_mask(tmp_path / "m.png").tolist() == [[0, 200]]
+
+
+def test_a_frame_from_the_cache_is_the_frame_that_was_decoded(frames, tmp_path):
+    cache = FrameCache(tmp_path / "cache", 1e9, print)
+    plain = load(frames)
+    for _ in range(2):
+        views = load(frames, frame_cache=cache)
+        assert torch.equal(views.images, plain.images) and torch.equal(views.intrinsics, plain.intrinsics)
+    assert cache.statistics.written == cache.statistics.found == 2
+    # another calibration is another key, so that its size is compared with the file's
+    with pytest.raises(InputError, match="was calibrated for"):
+        load(replace(frames, sizes=frames.sizes * 2), frame_cache=cache)
