@@ -91,8 +91,11 @@ class DepthHead(LinearHead):
         ``p_k = (relu(x_k) + 0.1) / sum_j (relu(x_j) + 0.1)`` and ``depth = sum_k p_k bin_k`` of the enlarged logits
         ``x``. This is not linear, so it comes after the enlarging.
         """
-        weights = F.relu(upsample(logits)) + FLOOR
-        return torch.einsum("bkhw,k->bhw", weights, self.bins)[:, None] / weights.sum(dim=1, keepdim=True)
+        # numerator and denominator in one product, and what is added to every logit afterwards: half the time
+        sums = torch.stack([self.bins, torch.ones_like(self.bins)])
+        rectified = F.relu(upsample(logits), inplace=True)
+        both = torch.einsum("sk,bkn->bsn", sums, rectified.flatten(2)) + FLOOR * sums.sum(dim=1)[:, None]
+        return (both[:, :1] / both[:, 1:]).unflatten(2, rectified.shape[2:])
 
     def at_pixels(
         self, logits: Float[Tensor, "b k h w"], size: tuple[int, int], padding: Padding, pad_crop: PadCrop

@@ -85,7 +85,7 @@ def to_image(
     out = size if out is None else out
     if pad_crop == "parity":
         return F.interpolate(maps, size=out, mode=mode, align_corners=align_corners)
-    if out == size:  # the same as below, and several times as fast
+    if out == size:  # the same as below; a cubic one takes a third of the time in training
         wide = F.interpolate(maps, size=padding.padded(size), mode=mode, align_corners=False)
         return wide[:, :, padding.top : padding.top + size[0], padding.left : padding.left + size[1]]
     return sample_exactly(maps, size, padding, out, mode)
