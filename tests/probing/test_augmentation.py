@@ -80,6 +80,7 @@ def test_depth_is_turned_with_its_image_by_small_angles_and_corners_stay_empty()
     angles = []
     for seed in range(40):
         colours, found = augment_depth(image, depth, generator(seed), settings)
+        assert np.array_equal(found, np.rint(found))  # no depth is mixed of two
         known = found > 0
         inner = cv2.erode(known.astype(np.uint8), np.ones((5, 5), np.uint8), borderValue=0) > 0
         assert np.abs(colours[inner][:, 0] * 255 + 1 - found[inner]).max() <= 2
