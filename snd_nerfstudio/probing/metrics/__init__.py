@@ -1,0 +1,1 @@
+"""Scores of the probes: depth and normals image by image, semantics over a whole set."""
