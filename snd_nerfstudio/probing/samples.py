@@ -63,6 +63,8 @@ class ProbeDataset(ABC):
     """What the published protocol cuts out of every sample of this split before anything else; None: all of it."""
     left_out: tuple[str, ...] = ()
     """Names of files that are known to be bad and are no samples."""
+    split_rule: str = "published"
+    """Where the split comes from, for reports."""
     notes: tuple[str, ...] = ()
     """Sentences about this copy of the dataset that whoever uses it should read."""
 

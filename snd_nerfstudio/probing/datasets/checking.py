@@ -9,7 +9,7 @@ import numpy as np
 
 from snd_nerfstudio.errors import InputError
 from snd_nerfstudio.probing.datasets import DATASETS, KnownDataset, dataset_folder, open_dataset
-from snd_nerfstudio.probing.samples import ProbeDataset, Protocol, Split, Task
+from snd_nerfstudio.probing.samples import IGNORE, ProbeDataset, ProbeSample, Protocol, Split, Task
 
 READ = 5
 """Samples that are decoded of each split, evenly spread."""
@@ -71,24 +71,42 @@ def _check_split(dataset: ProbeDataset, known: KnownDataset) -> list[str]:
         found.append(f"{NOTE}{len(dataset.left_out)} bad frames in {dataset.root} are left out: {names}.")
     found += [f"{NOTE}{note}" for note in dataset.notes]
     found += _missing(dataset)
-    problems = []
-    for index in np.unique(np.linspace(0, len(dataset) - 1, READ).round().astype(int)).tolist():
+    looked_at = np.unique(np.linspace(0, len(dataset) - 1, READ).round().astype(int)).tolist()
+    unreadable: list[str] = []
+    examples: dict[str, str] = {}
+    for index in looked_at:
         try:
             sample = dataset[index]
         except InputError as error:
-            problems.append(str(error))
+            unreadable.append(str(error))
             continue
-        file = dataset.files(index)[0]
-        if sample.depth is not None and dataset.task == "depth":
-            problems += _check_depth(sample.depth, dataset.files(index)[1], known)
-            if dataset.name == "scannetpp" and sample.depth.shape != SCANNETPP_SIZE:
-                found_size = "x".join(map(str, sample.depth.shape[::-1]))
-                published_size = "x".join(map(str, SCANNETPP_SIZE[::-1]))
-                problems.append(f"{NOTE}{file} has {found_size} pixels, not the published {published_size}.")
-        if sample.labels is not None and dataset.task == "segmentation" and (sample.labels == 255).all():
-            problems.append(f"{NOTE}no pixel of {file} has a label.")
-    # of one kind of mistake one example is enough
-    return found + problems[:1] if len(problems) == READ else found + problems
+        for kind, text in _unusual(sample, dataset, index, known).items():
+            examples.setdefault(kind, text)
+    # where nothing can be read, the cause is one
+    return found + (unreadable[:1] if len(unreadable) == len(looked_at) else unreadable) + list(examples.values())
+
+
+def _unusual(sample: ProbeSample, dataset: ProbeDataset, index: int, known: KnownDataset) -> dict[str, str]:
+    """What is suspicious about one sample, by the kind of suspicion."""
+    found: dict[str, str] = {}
+    file = dataset.files(index)[0]
+    if sample.depth is not None and dataset.task == "depth":
+        measured = sample.depth[sample.depth > 0]
+        near, far = known.typical_depth
+        if len(measured) == 0:
+            found["no depth"] = f"{NOTE}no pixel of {file} has depth."
+        elif not near <= (middle := float(np.median(measured))) <= far:
+            unit = "1/256 m" if dataset.name == "kitti" else "1 mm"
+            found["unit"] = (
+                f"The median depth of {dataset.files(index)[1]} would be {middle:.3g} m, which is not between "
+                f"{near:g} and {far:g} m: depth must be stored in steps of {unit}, export it again."
+            )
+        if dataset.name == "scannetpp" and sample.depth.shape != SCANNETPP_SIZE:
+            size, published = ("x".join(map(str, shape[::-1])) for shape in (sample.depth.shape, SCANNETPP_SIZE))
+            found["size"] = f"{NOTE}{file} has {size} pixels, not the published {published}."
+    if sample.labels is not None and dataset.task == "segmentation" and (sample.labels == IGNORE).all():
+        found["no label"] = f"{NOTE}no pixel of {file} has a label."
+    return found
 
 
 def _missing(dataset: ProbeDataset) -> list[str]:
@@ -98,20 +116,6 @@ def _missing(dataset: ProbeDataset) -> list[str]:
     if not absent:
         return []
     return [f"{len(absent)} of {len(files)} files are missing, the first one {absent[0]}: unpack them again."]
-
-
-def _check_depth(depth: np.ndarray, file: Path, known: KnownDataset) -> list[str]:
-    measured = depth[depth > 0]
-    if len(measured) == 0:
-        return [f"{NOTE}no pixel of {file} has depth."]
-    middle, (near, far) = float(np.median(measured)), known.typical_depth
-    if near <= middle <= far:
-        return []
-    unit = "1/256 m" if known.module == "kitti" else "1 mm"
-    return [
-        f"The median depth of {file} would be {middle:.3g} m, which is not between {near:g} and {far:g} m: depth "
-        f"must be stored in steps of {unit}, export it again."
-    ]
 
 
 def _compare(train: ProbeDataset, test: ProbeDataset) -> list[str]:

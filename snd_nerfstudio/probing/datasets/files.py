@@ -1,7 +1,7 @@
 """A dataset whose samples are image files side by side: what nearly all of them come down to."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
 
@@ -79,6 +79,11 @@ class Rules:
     classes: tuple[str, ...] = ()
 
 
+def unknown_scene(name: str) -> Optional[str]:
+    """Of datasets whose names do not tell."""
+    return None
+
+
 @dataclass
 class FileDataset(ProbeDataset):
     """Samples of entries, decoded by rules."""
@@ -88,8 +93,9 @@ class FileDataset(ProbeDataset):
     rules: Rules
     lists: Sequence[Path] = ()
     """See `list_files`."""
-    scene_of: Callable[[str], Optional[str]] = field(default=lambda name: None)
+    scene_of: Callable[[str], Optional[str]] = unknown_scene
     """The scene in the name of a sample."""
+    split_rule: str = "published"
 
     def __post_init__(self) -> None:
         wanted, rules = self.request, self.rules
@@ -97,7 +103,10 @@ class FileDataset(ProbeDataset):
         self.min_depth, self.max_depth = rules.min_depth, rules.max_depth
         self.eval_crop, self.window, self.classes = rules.eval_crop, rules.window, rules.classes
         if not self.entries:
-            raise InputError(f"{self.root} has no samples to {self.split} {self.task} of {self.name}: complete it.")
+            raise InputError(
+                f"{self.root} has no samples to {self.split} {self.task} of {self.name}: complete it, or choose "
+                "another seed if the split is drawn."
+            )
 
     def __len__(self) -> int:
         return len(self.entries)

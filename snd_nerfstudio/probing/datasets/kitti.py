@@ -15,7 +15,14 @@ from typing import Optional
 
 from snd_nerfstudio.errors import InputError
 from snd_nerfstudio.probing.datasets.files import Entry, FileDataset, Request, Rules
-from snd_nerfstudio.probing.datasets.splits import held_out_groups, in_hashed_test, read_index, scene_disjoint
+from snd_nerfstudio.probing.datasets.splits import (
+    by_frame,
+    by_scene,
+    held_out_groups,
+    in_hashed_test,
+    read_index,
+    scene_disjoint,
+)
 
 HELD_OUT = 0.15
 RULES = Rules(depth_unit=1 / 256, max_depth=80.0, eval_crop="garg", kb_crop=True)
@@ -47,6 +54,7 @@ def open_dataset(request: Request) -> FileDataset:
         raise InputError(f"Folder {depths} is missing: unpack the depth maps there.")
     every = {"train": root / "kitti_train.txt", "test": root / "kitti_val.txt"}
     lists: list[Path] = []
+    rule = "published"
     fixed = request.protocol == "fixed"
     if any(file.is_file() for file in every.values()):
         lists = list(every.values()) if fixed else [every[request.split]]
@@ -54,14 +62,16 @@ def open_dataset(request: Request) -> FileDataset:
     else:
         entries = _paired(images, depths)
         if not fixed:
+            rule = by_frame(HELD_OUT, request.seed)
             entries = [e for e in entries if in_hashed_test(e.name, HELD_OUT, request.seed) == test]
     if fixed:
+        rule = by_scene(HELD_OUT, request.seed)
 
         def choose(drives):
             return held_out_groups(drives, HELD_OUT, request.seed)
 
         entries = scene_disjoint(entries, lambda entry: entry.name, scene_of, choose, test)
-    return FileDataset(request, entries, RULES, lists, scene_of)
+    return FileDataset(request, entries, RULES, lists, scene_of, rule)
 
 
 def _listed(images: Path, depths: Path, lists: list[Path]) -> list[Entry]:

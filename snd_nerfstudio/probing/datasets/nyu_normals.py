@@ -15,8 +15,8 @@ import json
 import re
 import struct
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Optional
 
@@ -101,9 +101,11 @@ class GeoNetDataset(ProbeDataset):
         unknown = named - {file.name for file in frames}
         if unknown:
             raise InputError(f"{listed} names {sorted(unknown)[0]}, which is no frame of {folder}: give file names.")
-        self.frames = [file for file in frames if file.name not in named and is_complete(file)]
-        kept = set(self.frames)
-        self.left_out = tuple(file.name for file in frames if file not in kept)
+        with ThreadPoolExecutor(8) as pool:  # small reads wait for the disk
+            whole = list(pool.map(is_complete, frames))
+        kept = [complete and file.name not in named for file, complete in zip(frames, whole)]
+        self.frames = [file for file, keep in zip(frames, kept) if keep]
+        self.left_out = tuple(file.name for file, keep in zip(frames, kept) if not keep)
         if not listed.is_file() and len(frames) > max(DELETED_PLACES):
             names = " and ".join(frames[place].name for place in DELETED_PLACES)
             self.notes = (
@@ -134,7 +136,7 @@ class GeoNetDataset(ProbeDataset):
             image, depth, normals = read_geonet(file, self.exact)
         except InputError as error:
             raise InputError(
-                f"{error} To leave the frame out, add the line {file.name} to {self.folder / LEFT_OUT}."
+                f"{str(error).rstrip('.')}, or leave it out: add the line {file.name} to {self.folder / LEFT_OUT}."
             ) from error
         return ProbeSample(file.stem, image, depth=depth, normals=normals)
 
@@ -221,8 +223,7 @@ class _Normals:
         """Of the image that is counted from 0."""
         return self.folder / f"{number + 1:05d}.png" if self.folder is not None else self.array  # type: ignore
 
-    @cached_property
-    def stored(self) -> np.ndarray:
+    def _stored(self) -> np.ndarray:
         file = self.array
         try:
             stored = np.load(file, mmap_mode="r", allow_pickle=False)  # type: ignore
@@ -235,11 +236,10 @@ class _Normals:
     def read(self, number: int) -> Float32[np.ndarray, "H W 3"]:
         if self.folder is not None:
             return read_normals(self.file(number))
-        if number >= len(self.stored):
-            raise InputError(
-                f"{self.array} has {len(self.stored)} images, but number {number} is wanted: write it again."
-            )
-        return unit_normals(np.nan_to_num(np.asarray(self.stored[number], np.float32)))
+        stored = self._stored()
+        if number >= len(stored):
+            raise InputError(f"{self.array} has {len(stored)} images, but number {number} is wanted: write it again.")
+        return unit_normals(np.nan_to_num(np.asarray(stored[number], np.float32)))
 
 
 class LabelledDataset(ProbeDataset):
@@ -308,8 +308,8 @@ def _find_normals(root: Path) -> _Normals:
             axes = "" if pickled.endswith("z") else ".transpose(0, 2, 3, 1)"
             raise InputError(
                 f"{root / pickled} is a pickle, which is not opened because it can run code: unpack "
-                f"nyu_normals_gt.zip (L. Ladicky) to {folder.parent}, or, if you trust the file, keep its numbers alone "
-                "with python -c "
+                f"nyu_normals_gt.zip (L. Ladicky) to {folder.parent}, or, if you trust the file, keep its numbers "
+                "alone with python -c "
                 f"\"import gzip, pickle, numpy; d = pickle.load({opened}('{root / pickled}', 'rb')); "
                 f"numpy.save('{array}', {kept}{axes}.astype('float32'))\"."
             )

@@ -19,6 +19,8 @@ from snd_nerfstudio.errors import InputError
 from snd_nerfstudio.probing.datasets.classes import SCANNET40
 from snd_nerfstudio.probing.datasets.files import Entry, FileDataset, Request, Rules
 from snd_nerfstudio.probing.datasets.splits import (
+    by_frame,
+    by_scene,
     held_out_groups,
     in_hashed_test,
     index_entries,
@@ -49,10 +51,11 @@ def open_dataset(request: Request) -> FileDataset:
         classes=SCANNET40 if request.task == "segmentation" else (),
         label_hint="map raw ScanNet ids to NYU40 with the column nyu40id of scannetv2-labels.combined.tsv",
     )
-    lists = []
+    lists, rule = [], "published"
     if raw:
         entries = _frames(request)
         if not fixed:
+            rule = by_frame(HELD_OUT, request.seed)
             entries = [e for e in entries if in_hashed_test(e.name, HELD_OUT, request.seed) == test]
     else:
         entries = []
@@ -64,16 +67,17 @@ def open_dataset(request: Request) -> FileDataset:
                 pairs = paired_entries(root / part / "color", root / part / "label", ".jpg", prefix=f"{part}/")
                 entries += pairs
     if fixed:
-        official = root / "scannetv2_val.txt"
+        official, rule = root / "scannetv2_val.txt", by_scene(HELD_OUT, request.seed)
         if official.is_file():
             lists.append(official)
+            rule = "scenes of scannetv2_val.txt to test"
             held_out = {scene_of(line) or line for line in read_lines(official)}
 
         def choose(scenes):
             return held_out if official.is_file() else held_out_groups(scenes, HELD_OUT, request.seed)
 
         entries = scene_disjoint(entries, lambda entry: entry.name, scene_of, choose, test)
-    return FileDataset(request, entries, rules, lists, scene_of)
+    return FileDataset(request, entries, rules, lists, scene_of, rule)
 
 
 def _frames(request: Request) -> list[Entry]:

@@ -111,6 +111,16 @@ def in_hashed_test(name: str, fraction: float, seed: int) -> bool:
     return _draw(seed, name) < fraction
 
 
+def by_frame(fraction: float, seed: int) -> str:
+    """What a split by the hash of names is called in reports."""
+    return f"{fraction:.0%} of the frames to test, by the hash of their names, seed {seed}"
+
+
+def by_scene(fraction: float, seed: int) -> str:
+    """What a split by scenes is called in reports."""
+    return f"scenes of {fraction:.0%} of the frames to test, seed {seed}"
+
+
 def held_out_groups(groups: Sequence[str], fraction: float, seed: int) -> set[str]:
     """Whole groups, at random, that together hold about a fraction of all samples: scenes that are held out.
 
