@@ -1,8 +1,9 @@
 """What probes are trained and measured on: decoded images with their labels, and datasets of them."""
 
 import hashlib
+import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,9 @@ from snd_nerfstudio.errors import InputError
 
 IGNORE = 255
 """Label of pixels that have no class."""
+
+BLOCK = 1000
+"""Files whose sizes are asked for at once."""
 
 Task = Literal["depth", "normals", "segmentation"]
 Split = Literal["train", "test"]
@@ -104,20 +108,27 @@ class ProbeDataset(ABC):
             InputError: a file is missing.
         """
 
-        def line(file: Path) -> str:
-            try:
-                return f"{self._relative(file)}\t{file.stat().st_size}\n"
-            except OSError as error:
-                raise InputError(f"{file} is missing: restore it, or remove it from its list.") from error
-
+        # strings in blocks, because paths and futures one by one take minutes for 300,000 files
+        everything = sorted({os.fspath(file) for index in range(len(self)) for file in self.files(index)})
+        blocks = [everything[start : start + BLOCK] for start in range(0, len(everything), BLOCK)]
         digest = hashlib.sha256()
-        everything = {file for index in range(len(self)) for file in self.files(index)}
         with ThreadPoolExecutor(8) as pool:  # stat calls wait for the disk
-            lines = sorted(pool.map(line, everything))
+            lines = sorted(line for block in pool.map(self._lines, blocks) for line in block)
         digest.update("".join(lines).encode())
         for file in sorted(self.list_files()):
-            digest.update(f"{self._relative(file)}\t{sha256(file)}\n".encode())
+            digest.update(f"{self._relative(os.fspath(file))}\t{sha256(file)}\n".encode())
         return digest.hexdigest()
 
-    def _relative(self, file: Path) -> str:
-        return file.relative_to(self.root).as_posix() if file.is_relative_to(self.root) else file.name
+    def _lines(self, files: Sequence[str]) -> list[str]:
+        """Name and size of each file."""
+        lines = []
+        for file in files:
+            try:
+                lines.append(f"{self._relative(file)}\t{os.stat(file).st_size}\n")
+            except OSError as error:
+                raise InputError(f"{file} is missing: restore it, or remove it from its list.") from error
+        return lines
+
+    def _relative(self, file: str) -> str:
+        folder = os.path.join(os.fspath(self.root), "")
+        return file[len(folder) :].replace(os.sep, "/") if file.startswith(folder) else os.path.basename(file)

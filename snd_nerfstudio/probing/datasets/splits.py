@@ -1,6 +1,7 @@
 """Lists of samples, pairs of folders, and splits that nobody published."""
 
 import hashlib
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -72,14 +73,11 @@ def paired_entries(images: Path, labels: Path, suffix: str, by_number: bool = Fa
     for folder in (images, labels):
         if not folder.is_dir():
             raise InputError(f"Folder {folder} is missing: unpack the dataset's images and labels there.")
-    ending = re.compile(re.escape(suffix) + "$", re.IGNORECASE)
-    names = sorted(
-        name for name in (file.relative_to(images).as_posix() for file in images.rglob("*")) if ending.search(name)
-    )
+    names = _below(images, suffix)
     if not names:
         raise InputError(f"Folder {images} has no {suffix} images: unpack them there.")
-    held = {file.relative_to(labels).with_suffix("").as_posix(): file for file in labels.rglob("*.png")}
-    found = {name: held.get(ending.sub("", name)) for name in names}
+    held = {name[: -len(".png")]: name for name in _below(labels, ".png")}
+    found = {name: held.get(name[: -len(suffix)]) for name in names}
     if by_number and not any(found.values()):
         found = dict(zip(names, _numbered(names, held)))
     missing = [name for name, file in found.items() if file is None]
@@ -88,10 +86,26 @@ def paired_entries(images: Path, labels: Path, suffix: str, by_number: bool = Fa
             f"{len(missing)} of {len(names)} images of {images} have no labels in {labels}, the first {missing[0]}: "
             "complete the labels, under the images' names with .png."
         )
-    return [Entry(prefix + ending.sub("", name), images / name, labels=file) for name, file in found.items()]
+    return [
+        Entry(prefix + name[: -len(suffix)], images / name, labels=labels / file)
+        for name, file in found.items()
+        if file is not None
+    ]
 
 
-def _numbered(names: Sequence[str], held: dict[str, Path]) -> list[Optional[Path]]:
+def _below(folder: Path, suffix: str) -> list[str]:
+    """Files of a folder and of all below it, also behind links, whose names end so, in capitals or not; sorted."""
+    found = []
+    for place, _, files in os.walk(folder, followlinks=True):
+        inner = os.path.relpath(place, folder).replace(os.sep, "/")
+        start = "" if inner == "." else f"{inner}/"
+        found += [start + file for file in files if file.lower().endswith(suffix.lower())]
+    return sorted(found)
+
+
+def _numbered(names: Sequence[str], held: dict[str, str]) -> list[Optional[str]]:
+    """The file with labels that has the same last number as each image."""
+
     def number(name: str) -> Optional[int]:
         last = re.search(r"(\d+)(\.\w+)?$", name)
         return int(last[1]) if last else None

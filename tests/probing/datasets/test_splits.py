@@ -51,6 +51,13 @@ def test_images_and_labels_of_trees_are_paired_by_path(tmp_path):
     assert entries[2].image == folders[0] / "s1/b.JPG" and entries[2].labels == folders[1] / "s1/b.png"
 
 
+def test_folders_behind_links_are_entered(tmp_path):
+    folders = pairs(tmp_path, ["s0/a.jpg"], ["s0/a.png"])
+    for folder in folders:
+        (folder / "s1").symlink_to(folder / "s0", target_is_directory=True)
+    assert [entry.name for entry in paired_entries(*folders, ".jpg")] == ["s0/a", "s1/a"]
+
+
 def test_files_of_other_names_are_paired_by_their_number_only_where_asked(tmp_path):
     folders = pairs(tmp_path, ["rgb_0001.png", "rgb_0012.png"], ["new_class13_0012.png", "new_class13_0001.png"])
     with pytest.raises(InputError, match="2 of 2 images"):
