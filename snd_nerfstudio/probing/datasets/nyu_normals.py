@@ -172,13 +172,7 @@ def read_geonet(
     Raises:
         InputError: the file cannot be decoded, or what is in it cannot be right.
     """
-    from scipy.io import loadmat
-    from scipy.io.matlab import MatReadError
-
-    try:
-        content: dict[str, Any] = loadmat(str(file), variable_names=["img", "depth", "norm"])
-    except (*_BROKEN, MatReadError, zlib.error) as error:
-        raise InputError(f"{file} cannot be decoded ({error}): download it again.") from error
+    content = _load_mat(file, ["img", "depth", "norm"])
     for key, axes in (("img", 3), ("depth", 2), ("norm", 3)):
         array = content.get(key)
         if not isinstance(array, np.ndarray) or array.ndim != axes or array.dtype.kind not in "fiu":
@@ -194,6 +188,21 @@ def read_geonet(
         raise InputError(f"{file} has no depth, no normals, or some that are no numbers: download it again.")
     whole = np.trunc(image) if exact else np.round(image)
     return np.clip(whole, 0, 255).astype(np.uint8), depth, unit
+
+
+def _load_mat(file: Path, keys: list[str]) -> dict[str, Any]:
+    """Some variables of a MATLAB 5 file; scipy runs nothing that is in it.
+
+    Raises:
+        InputError: the file cannot be decoded.
+    """
+    from scipy.io import loadmat
+    from scipy.io.matlab import MatReadError
+
+    try:
+        return loadmat(str(file), variable_names=keys)
+    except (*_BROKEN, MatReadError, zlib.error) as error:
+        raise InputError(f"{file} cannot be decoded ({error}): download it again.") from error
 
 
 def find_bad_frames(folder: Path) -> list[str]:
@@ -319,19 +328,23 @@ def _find_normals(root: Path) -> _Normals:
 def _test_numbers(root: Path) -> tuple[list[Path], list[int]]:
     """The list that says which images are tested, and their numbers from 0."""
     listed, splits = root / "test_SN40.json", root / "splits.mat"
+    source = listed if listed.is_file() else splits
     try:
         if listed.is_file():
-            rows = json.loads(listed.read_text())
-            return [listed], sorted(int(Path(row["img"]).name.split("_")[0]) - 1 for row in rows)
-        if splits.is_file():
-            from scipy.io import loadmat
-
-            return [splits], sorted(int(n) - 1 for n in np.ravel(loadmat(str(splits))["testNdxs"]))
+            found = [int(Path(row["img"]).name.split("_")[0]) for row in json.loads(listed.read_text())]
+        elif splits.is_file():
+            found = [int(number) for number in np.ravel(_load_mat(splits, ["testNdxs"])["testNdxs"])]
+        else:
+            source = root / "nyu_normals_gt" / "test"
+            found = [int(file.stem) for file in source.glob("*.png") if file.stem.isdigit()]
+            if not found:
+                raise InputError(
+                    f"{splits} is missing, which says what is tested: download it from NYU Depth v2's page."
+                )
+    except InputError:
+        raise
     except _BROKEN as error:
-        raise InputError(f"{listed if listed.is_file() else splits} cannot be read ({error}): restore it.") from error
-    found = sorted(
-        int(file.stem) - 1 for file in (root / "nyu_normals_gt" / "test").glob("*.png") if file.stem.isdigit()
-    )
-    if not found:
-        raise InputError(f"{splits} is missing, which says what is tested: download it from NYU Depth v2's page.")
-    return [], found
+        raise InputError(f"{source} cannot be read ({error}): restore it.") from error
+    if not found or min(found) < 1:
+        raise InputError(f"{source} names no images, or one below 1 although they are counted from 1: restore it.")
+    return [source] if source.is_file() else [], sorted(number - 1 for number in found)

@@ -233,7 +233,14 @@ def test_what_is_missing_or_damaged_is_named(rooms, tmp_path):
     (tmp_path / "test_SN40.json").write_text('[{"picture": 1}]')
     with pytest.raises(InputError, match=r"test_SN40.json cannot be read"):
         test(tmp_path)
+    (tmp_path / "test_SN40.json").write_text('[{"img": "0000_a.jpg"}]')  # would be the last image
+    with pytest.raises(InputError, match=r"test_SN40.json names no images, or one below 1"):
+        test(tmp_path)
     (tmp_path / "test_SN40.json").unlink()
+    (tmp_path / "splits.mat").write_bytes(b"nothing")
+    with pytest.raises(InputError, match=r"splits.mat cannot be decoded"):
+        test(tmp_path)
+    (tmp_path / "splits.mat").unlink()
     dataset = test(tmp_path)
     Image.fromarray(np.zeros((48, 64, 3), np.uint8)).save(dataset.files(0)[1])
     with pytest.raises(InputError, match="00002.png has 64x48 pixels but its image"):
