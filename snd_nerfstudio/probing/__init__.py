@@ -1,1 +1,1 @@
-"""What frozen features know: linear probes for depth, normals and semantics, and how their results are measured."""
+"""What a frozen backbone knows: depth, normals, segmentation, correspondence."""
