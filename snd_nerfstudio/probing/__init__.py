@@ -1,0 +1,1 @@
+"""What a frozen backbone knows: depth, normals, segmentation, correspondence."""
