@@ -172,8 +172,7 @@ def project_tracks(
         agrees = np.zeros(len(points), dtype=bool)
         for dx, dy in ((0, 0), (1, 0), (0, 1), (1, 1)):
             column, row = np.clip(corner[:, 0] + dx, 0, width - 1), np.clip(corner[:, 1] + dy, 0, height - 1)
-            there = depth[row, column]
-            agrees |= (there > 0) & (np.abs(there - z) <= tolerance * z)
+            agrees |= np.abs(depth[row, column] - z) <= tolerance * z  # where there is no depth, 0 is too far off
         positions.append(np.where(ahead[:, None], pixel / [width, height], -1.0))
         visible.append(inside & agrees)
     return PointTracks(torch.from_numpy(np.stack(positions)).float(), torch.from_numpy(np.stack(visible)))

@@ -9,7 +9,7 @@ from typing import Any, overload
 
 import numpy as np
 from jaxtyping import Float, UInt8
-from PIL import Image
+from PIL import Image, ImageOps
 
 from snd_nerfstudio.errors import InputError
 from snd_nerfstudio.scenes.frames import UNREADABLE
@@ -115,8 +115,6 @@ def read_image(file: Path, upright: bool = False) -> UInt8[np.ndarray, "h w 3"]:
     Raises:
         InputError: it is missing or cannot be decoded.
     """
-    from PIL import ImageOps
-
     try:
         with Image.open(file) as image:
             return np.asarray((ImageOps.exif_transpose(image) if upright else image).convert("RGB"))
