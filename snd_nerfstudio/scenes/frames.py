@@ -14,6 +14,7 @@ from PIL import Image, UnidentifiedImageError
 
 from snd_nerfstudio.errors import InputError
 from snd_nerfstudio.scenes.file_list import FileList
+from snd_nerfstudio.scenes.image_files import open_bytes
 from snd_nerfstudio.scenes.masks.maker import FramePixels, MaskMaker, MaskOrigin
 from snd_nerfstudio.scenes.saved_ids import read_saved_ids
 from snd_nerfstudio.scenes.views import Views
@@ -185,8 +186,10 @@ def _header_size(file: Path, kind: str) -> tuple[int, int]:
         if file.suffix == ".npy":
             height, width = np.load(file, mmap_mode="r", allow_pickle=False).shape[:2]
             return height, width
-        with Image.open(file) as image:
+        with open_bytes(file) as stream, Image.open(stream) as image:
             return image.height, image.width
+    except InputError:
+        raise
     except UNREADABLE as error:
         raise InputError(f"{kind} {file} cannot be decoded ({error}): restore it or remove the frame.") from error
 
@@ -334,8 +337,10 @@ def _file_of(files: Optional[Sequence[Optional[Path]]], index: int, image_file: 
 
 def _read_image(file: Path) -> UInt8[np.ndarray, "h w 3"]:
     try:
-        with Image.open(file) as image:
+        with open_bytes(file) as stream, Image.open(stream) as image:
             return np.asarray(image.convert("RGB"))
+    except InputError:
+        raise
     except FileNotFoundError as error:
         raise InputError(f"Image {file} does not exist.") from error
     except UNREADABLE as error:
