@@ -88,8 +88,9 @@ class Re10kScenes(DataParser):
         sides = [folder for folder in (root / "train", root / "test") if _chunks(folder)] or [root]
         if not _chunks(sides[0]):
             raise InputError(
-                f"--data {root}: no chunks (000000{SUFFIX}, ...) there nor in `train` and `test` below it. For folders "
-                "with a transforms.json end the command with `nerfstudio-scenes`, for other layouts with theirs."
+                f"--data {root}: no chunks (000000{SUFFIX}, ...) there nor in `train` and `test` below it. For "
+                "folders with a transforms.json end the command with `nerfstudio-scenes`, for other "
+                "layouts with theirs."
             )
         return sides
 
@@ -127,8 +128,8 @@ class Re10kScenes(DataParser):
             lost = [key for key, name in listed.items() if name == file.name and key not in chunk.index.places]
             if lost:
                 raise InputError(
-                    f"{side / 'index.json'}: scene {lost[0]} should be in {file.name}, and is not: restore the chunk, "
-                    "or delete index.json, which can be done without."
+                    f"{side / 'index.json'}: scene {lost[0]} should be in {file.name}, and is not: restore the "
+                    "chunk, or delete index.json, which can be done without."
                 )
             for key in chunk.index.keys:
                 if len(chunk.index.frames(key)):

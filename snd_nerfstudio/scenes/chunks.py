@@ -79,7 +79,7 @@ class ChunkIndex:
             InputError: the chunk has no such scene.
         """
         if key not in self.places:
-            raise InputError(f"{self.file} has no scene {key}: restore the chunk, or start again to read what it has.")
+            raise InputError(f"{self.file} has no scene {key}: restore the chunk, or start again without the scene.")
         place = self.places[key]
         return range(int(self.bounds[place]), int(self.bounds[place + 1]))
 

@@ -11,7 +11,7 @@ from snd_nerfstudio.errors import InputError
 from snd_nerfstudio.scenes import chunks
 from snd_nerfstudio.scenes.chunks import chunk_index, is_packed, packed_names, read_chunk, read_packed
 from snd_nerfstudio.scenes.file_list import FileList
-from tests.scenes.chunk_files import scene, write_chunks
+from tests.scenes.chunk_files import packed, scene, write_chunks
 
 
 @pytest.fixture
@@ -210,7 +210,7 @@ def with_scene(**changes):
         (with_scene(timestamps=torch.zeros(3)), "`timestamps` of scene b.b must be .* 2 images"),
         (with_scene(images=torch.zeros(2)), "`images` of scene b.b is Tensor"),
         (with_scene(images=[torch.zeros(4), torch.zeros(4)]), "image 0 of scene b.b is no tensor uint8"),
-        (with_scene(images=[torch.ones(4, dtype=torch.uint8), torch.zeros(0, dtype=torch.uint8)]), "image 1 .* empty"),
+        (with_scene(images=packed([b"image", b""])), "image 1 of scene b.b is empty"),
     ],
 )
 def test_what_is_wrong_with_a_chunk_is_named(chunk, damage, message):
