@@ -18,7 +18,8 @@ def test_the_package_itself_imports_nothing():
 
 
 @pytest.mark.parametrize(
-    "module", ["data_parsers.scannetpp", "data_parsers.nerfstudio_scenes", "snd_nerfstudio.snd_config"]
+    "module",
+    ["data_parsers.scannetpp", "data_parsers.nerfstudio_scenes", "data_parsers.re10k", "snd_nerfstudio.snd_config"],
 )
 def test_each_entry_point_can_be_the_first_import_of_a_process(module):
     run(f"import {module}")
@@ -57,4 +58,4 @@ print(sorted(d for d in all_dataparsers if d.endswith("-scenes")))
 """
     methods, dataparsers = run(program).strip().splitlines()[-2:]
     assert methods == "['mvsplat', 'mvsplat-tiny', 'snd', 'snd-base', 'snd-correspondence', 'snd-tiny']"
-    assert dataparsers == "['nerfstudio-scenes', 'scannetpp-scenes']"
+    assert dataparsers == "['nerfstudio-scenes', 're10k-scenes', 'scannetpp-scenes']"

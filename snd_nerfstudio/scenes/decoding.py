@@ -11,6 +11,7 @@ from jaxtyping import Float, Int, Integer, Shaped, UInt8
 from PIL import Image, UnidentifiedImageError
 
 from snd_nerfstudio.errors import BrokenFileError
+from snd_nerfstudio.scenes.image_files import open_bytes
 from snd_nerfstudio.scenes.saved_ids import read_saved_ids
 
 UNREADABLE = (UnidentifiedImageError, Image.DecompressionBombError, OSError, EOFError, SyntaxError, ValueError)
@@ -49,12 +50,14 @@ def read_image(file: Path, at_least: tuple[int, int]) -> DecodedImage:
         BrokenFileError: the file is missing or cannot be decoded.
     """
     try:
-        with Image.open(file) as image:
+        with open_bytes(file) as stream, Image.open(stream) as image:
             width, height = image.size
             reduction = _reduction((height, width), at_least) if image.format == "JPEG" else 1
             if reduction > 1:
                 image.draft(None, (width // reduction, height // reduction))
             pixels = np.asarray(image.convert("RGB"))
+    except BrokenFileError:
+        raise
     except FileNotFoundError as error:
         raise BrokenFileError(f"Image {file} does not exist.") from error
     except UNREADABLE as error:
@@ -83,8 +86,10 @@ def header_size(file: Path, kind: str) -> tuple[int, int]:
         if file.suffix == ".npy":
             height, width = np.load(file, mmap_mode="r", allow_pickle=False).shape[:2]
             return height, width
-        with Image.open(file) as image:
+        with open_bytes(file) as stream, Image.open(stream) as image:
             return image.height, image.width
+    except BrokenFileError:
+        raise
     except UNREADABLE as error:
         raise BrokenFileError(f"{kind} {file} cannot be decoded ({error}): restore it or remove the frame.") from error
 
