@@ -24,6 +24,8 @@ HEADERS_CHECKED = 10_000
 """Of larger datasets this many headers, evenly spread, are read before training."""
 SAVED_IDS = ".pth"
 """Ending of instance ids that ScanNet++'s toolkit saves with torch."""
+SHAPE_TOLERANCE = 5e-3
+"""How much the aspect ratios of a depth map and its image may differ: ScanNet's 640x480 and 1296x968 do by 0.4 %."""
 MASK_MODES = ("L", "P", "I", "I;16", "I;16B", "1")
 
 
@@ -388,7 +390,8 @@ def _read_depth(file: Path, scale: float, image_shape: tuple[int, ...]) -> Float
     if depth.ndim != 2:
         raise InputError(f"Depth map {file} has shape {depth.shape}: it must have one channel.")
     height, width = image_shape[:2]
-    if abs(depth.shape[0] * width - depth.shape[1] * height) > max(height, width):
+    difference = abs(depth.shape[0] * width - depth.shape[1] * height)
+    if difference > max(height, width, SHAPE_TOLERANCE * depth.shape[0] * width):
         raise InputError(
             f"Depth map {file} has {depth.shape[1]}x{depth.shape[0]} pixels, another shape than its image "
             f"({width}x{height}): depth must be registered to the image."
