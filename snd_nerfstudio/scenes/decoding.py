@@ -18,6 +18,8 @@ UNREADABLE = (UnidentifiedImageError, Image.DecompressionBombError, OSError, EOF
 """What Pillow and numpy raise on files that are not what they should be."""
 SAVED_IDS = ".pth"
 """Ending of instance ids that ScanNet++'s toolkit saves with torch."""
+SHAPE_TOLERANCE = 5e-3
+"""How much the aspect ratios of a depth map and its image may differ: ScanNet's 640x480 and 1296x968 do by 0.4 %."""
 MASK_MODES = ("L", "P", "I", "I;16", "I;16B", "1")
 REDUCTIONS = (8, 4, 2)
 """By which JPEG's cosine transform can be decoded at a smaller size."""
@@ -157,7 +159,8 @@ def read_depth(file: Path, unit: float, image_size: tuple[int, int]) -> Float[np
     if depth.ndim != 2:
         raise BrokenFileError(f"Depth map {file} has shape {depth.shape}: it must have one channel.")
     height, width = image_size
-    if abs(depth.shape[0] * width - depth.shape[1] * height) > max(height, width):
+    difference = abs(depth.shape[0] * width - depth.shape[1] * height)
+    if difference > max(height, width, SHAPE_TOLERANCE * depth.shape[0] * width):
         raise BrokenFileError(
             f"Depth map {file} has {depth.shape[1]}x{depth.shape[0]} pixels, another shape than its image "
             f"({width}x{height}): depth must be registered to the image."
