@@ -50,6 +50,9 @@ class SnDPipelineConfig(TripletPipelineConfig):
     """Values of fields left at None: fixed (the paper with the released code's defects mended), paper, official."""
     checked_triplets: int = 8
     """Held-out triplets on which the reconstruction is measured before training starts; 0 = none."""
+    probe_triplets: int = 8
+    """Held-out triplets with depth maps on which every evaluation of all of them, such as ns-eval's, also looks at what
+    the student's tokens know of 3D: correspondence between the contexts, and depth by similar tokens; 0 = none."""
     warn_below_psnr: float = 15.0
     """Re-rendered target views worse than this (mean PSNR in dB) give a warning before training starts."""
 
@@ -277,6 +280,32 @@ class SnDPipeline(TripletPipeline):
         quality, pictures = reconstruction_quality(gaussians, triplet)
         pictures = {"reconstruction": pictures["splatted"], **self.model.pictures(triplet, gaussians)}
         return {**metrics, **quality}, {"features": sheet(pictures, columns=4, title=triplet.describe())}
+
+    @torch.no_grad()
+    def get_average_eval_image_metrics(
+        self, step: Optional[int] = None, output_path: Optional[Path] = None, get_std: bool = False
+    ) -> Dict[str, float]:
+        """As for every pipeline, and a short probe of the student, and of the backbone as it was (``_original``).
+
+        Raises:
+            InputError: nothing is held out.
+        """
+        results = super().get_average_eval_image_metrics(step, output_path, get_std)
+        data, count = self.datamanager, self.config.probe_triplets
+        if count < 1 or data.eval_frames is None or not (data.eval_frames.has_depth and data.train_frames.has_depth):
+            return results
+        from snd_nerfstudio.probing.held_out import held_out_probes
+
+        held_out = min(count, data.num_eval_triplets)
+        places = [number * data.num_eval_triplets // held_out for number in range(held_out)]
+        self.eval()
+        measured = held_out_probes(
+            {"": self.model.student_tokens, "_original": self.model.original_tokens},
+            data.train_triplets(count, with_depth=True),
+            data.eval_triplets(places, with_depth=True),
+        )
+        self.train()
+        return {**results, **measured}
 
     # ------------------------------------------------------------------ checkpoints
 

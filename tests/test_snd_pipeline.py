@@ -43,6 +43,16 @@ def test_evaluation_does_not_disturb_training(tiny_config):
     assert all(picture.ndim == 3 and picture.shape[-1] == 3 for picture in pictures.values())
 
 
+def test_evaluation_of_all_triplets_probes_the_student_and_the_backbone_it_was(tiny_config):
+    pipeline = tiny_config.pipeline.setup(device="cpu")
+    results = pipeline.get_average_eval_image_metrics()
+    for name in ("correspondence", "correspondence_5cm", "neighbour_depth"):
+        # nothing was trained: adapters begin at zero
+        assert results[name] == pytest.approx(results[f"{name}_original"], abs=1e-4) and 0 < results[name] < 1
+    pipeline.config.probe_triplets = 0
+    assert "correspondence" not in pipeline.get_average_eval_image_metrics()
+
+
 def test_evaluation_gives_one_sheet_of_all_pictures_of_a_triplet(tiny_config, tmp_path):
     pipeline = tiny_config.pipeline.setup(device="cpu")
     triplet = pipeline.datamanager.eval_triplet(0, with_depth=True)

@@ -92,7 +92,7 @@ def depth_error(tokens: Tokens, known: Sequence[ViewTriplet], held_out: Sequence
             depths.append(token_depths(view.depths[0].cpu(), (grid.shape[0], grid.shape[1])).flatten().to(grid.device))
         return torch.cat(features), torch.cat(depths)
 
-    with_depth = [[triplet for triplet in triplets if triplet.target.depths is not None] for triplets in (known, held_out)]
+    with_depth = [[one for one in triplets if one.target.depths is not None] for triplets in (known, held_out)]
     if not all(with_depth):
         return {}
     bank_tokens, bank_depths = described(with_depth[0])

@@ -83,6 +83,8 @@ def test_evaluation_reports_every_metric_over_the_held_out_triplets(trained, tmp
     results = json.loads((tmp_path / "eval.json").read_text())["results"]
     for name in ("cosine", "coverage", "psnr", "psnr_covered", "kl", "teacher_entropy", "learned_tokens"):
         assert {name, f"{name}_std"} <= set(results)
+    for name in ("correspondence", "neighbour_depth"):
+        assert 0 < results[name] < 1 and 0 < results[f"{name}_original"] < 1
     assert 0.5 < results["cosine"] < 1 and results["coverage"] > 0.9 and results["psnr"] > 15
     assert len(list((tmp_path / "pictures").glob("eval_*_features.png"))) == 3
 

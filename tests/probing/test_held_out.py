@@ -22,7 +22,8 @@ class Oracle:
     """Looks up what it is asked for by the image: tokens that know exactly what a test wants them to know."""
 
     def __init__(self, triplets, describe):
-        self.known = [(v.images[n], describe(v, n)) for t in triplets for v in (t.context, t.target) for n in range(len(v))]
+        views = [view for triplet in triplets for view in (triplet.context, triplet.target)]
+        self.known = [(view.images[n], describe(view, n)) for view in views for n in range(len(view))]
 
     def __call__(self, images):
         found = [next(tokens for image, tokens in self.known if torch.equal(image, wanted)) for wanted in images]
@@ -31,10 +32,8 @@ class Oracle:
 
 def world_points(views, number):
     """Sines of the world coordinates of each pixel, of many wavelengths, so that only neighbours are similar."""
-    points = unproject(views.depths[number], views.intrinsics[number], views.camera_to_worlds[number])
-    points = points.reshape(views.height, views.width, 3)
-    waves = torch.cat([torch.sin(points * k) for k in (1, 2, 4)] + [torch.cos(points * k) for k in (1, 2, 4)], -1)
-    return waves
+    points = unproject(views.depths, views.intrinsics, views.camera_to_worlds)[number]
+    return torch.cat([turn(points * k) for k in (1, 2, 4) for turn in (torch.sin, torch.cos)], -1)
 
 
 def log_depth(views, number):
@@ -53,10 +52,13 @@ def test_tokens_that_know_where_they_are_match_and_noise_does_not(views):
     random = correspondence(Oracle(held_out, noise), held_out)
     assert perfect["correspondence"] > 0.97 and perfect["correspondence_5cm"] > 0.8
     assert random["correspondence"] < 0.2
-    mirrored = correspondence(
-        lambda images: torch.stack([Oracle(held_out, world_points)(images)[0], Oracle(held_out, world_points)(images)[1].flip(1)]),
-        held_out,
-    )
+    oracle = Oracle(held_out, world_points)
+
+    def second_one_mirrored(images):
+        first, second = oracle(images)
+        return torch.stack([first, second.flip(1)])
+
+    mirrored = correspondence(second_one_mirrored, held_out)
     assert mirrored["correspondence"] < 0.5 * perfect["correspondence"]
 
 
