@@ -13,7 +13,7 @@ from importlib.resources import files
 from typing import Any, Literal, Optional
 
 from snd_nerfstudio.errors import InputError
-from snd_nerfstudio.probing.results import ProbeResult
+from snd_nerfstudio.probing.results import Measurement, ProbeResult
 
 Which = Literal["last", "best"]
 Format = Literal["markdown", "csv", "latex"]
@@ -96,10 +96,10 @@ def paper_names(description: Mapping[str, Any]) -> Optional[tuple[str, str]]:
     """Backbone and method as the paper names them; None for what it has no results of.
 
     Args:
-        description: of a model: `backbone`, a name of the registry; `weights`, a known name; or `method`, that of a
+        description: of a model: `registry_name`; `weights`, a known name; or `method`, that of a
             training run.
     """
-    backbone = BACKBONES.get(str(description.get("backbone")))
+    backbone = BACKBONES.get(str(description.get("registry_name")))
     method = METHODS.get(str(description.get("weights")))
     if str(description.get("method", "")).startswith("snd"):
         method = "snd"
@@ -123,8 +123,7 @@ def paper_value(task: str, dataset: str, metric: str, description: Mapping[str, 
 def make_tables(results: Sequence[ProbeResult], which: Which = "last") -> list[Table]:
     """One table for each task: a row for each model, a column for each metric of each dataset and protocol.
 
-    Results that differ only in settings or in the copy of the dataset have rows of their own, with the beginning of
-    their key behind the label.
+    Heads of one model, and results that differ only in settings or in the copy of the dataset, have rows of their own.
 
     Args:
         results: any number of them; the same one twice counts once.
@@ -174,15 +173,27 @@ def _metrics(result: ProbeResult, which: Which) -> dict[str, Optional[float]]:
 
 
 def _labels(results: Sequence[ProbeResult]) -> dict[str, str]:
-    """Label of each result by its key, longer where two would fall into one cell."""
-    places: dict[tuple[str, ...], list[str]] = {}
-    for result in results:
-        places.setdefault(_order(result)[:3], []).append(result.what.key)
-    return {
-        key: place[2] if len(keys) == 1 else f"{place[2]} #{key[:6]}"
-        for place, keys in places.items()
-        for key in keys
-    }
+    """Label of each result by its key, longer where two would fall into one cell: by what tells heads apart, and by
+    the beginning of the key where that is not enough."""
+    whats = [result.what for result in results]
+    labels = {what.key: what.model for what in whats}
+    for same in _collisions(whats, labels):
+        names = [name for name in same[0].variant if len({str(what.variant.get(name)) for what in same}) > 1]
+        for what in same:
+            if names:
+                labels[what.key] += f" ({', '.join(f'{name} {what.variant.get(name)}' for name in names)})"
+    for same in _collisions(whats, labels):
+        for what in same:
+            labels[what.key] += f" #{what.key[:6]}"
+    return labels
+
+
+def _collisions(whats: Sequence[Measurement], labels: Mapping[str, str]) -> list[list[Measurement]]:
+    """Measurements of one dataset and protocol with the same label."""
+    places: dict[tuple[str, str, str], list[Measurement]] = {}
+    for what in whats:
+        places.setdefault((what.dataset.name, what.protocol, labels[what.key]), []).append(what)
+    return [same for same in places.values() if len(same) > 1]
 
 
 def _best(metric: str, values: Sequence[float]) -> Optional[float]:
@@ -194,6 +205,7 @@ def _best(metric: str, values: Sequence[float]) -> Optional[float]:
 def _notes(task: str, results: Sequence[ProbeResult], rows: Sequence[Any], which: Which) -> list[str]:
     notes = []
     protocols = sorted({result.what.protocol for result in results})
+    caveats = paper_results()["caveats"]
     if any(cell.paper is not None for _, row in rows for cell in row.values()):
         notes.append(f"In brackets: the paper's figure ({paper_results()['tables'].get(task, 'its tables')}).")
         others = [name for name in protocols if name != "paper"]
@@ -202,8 +214,9 @@ def _notes(task: str, results: Sequence[ProbeResult], rows: Sequence[Any], which
                 f"PROTOCOLS DIFFER: {', '.join(others)} is not how the paper's figures were measured. Compare models "
                 "within a column; the distance to the brackets says little."
             )
-    caveats = paper_results()["caveats"]
-    notes += [*caveats.get(task, ()), *(caveats["all"] if task in paper_results()["results"] else ())]
+        notes += [*caveats.get(task, ()), *caveats["all"]]
+    if task == "correspondence" and any(result.what.dataset.name == "scannet-1500" for result in results):
+        notes += caveats[task]
     if which == "best" and any(result.best for result in results):
         notes.append("Best on the test set itself while training: too good by as much as that selection gains.")
     if "smoke" in protocols:

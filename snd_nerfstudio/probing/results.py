@@ -56,6 +56,8 @@ class Measurement:
     config: dict[str, Any]
     """All settings, resolved."""
     seed: int
+    variant: dict[str, Any] = field(default_factory=dict)
+    """What tells a head from others of the same model and settings."""
 
     @property
     def key(self) -> str:
