@@ -21,7 +21,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
 }
 """By name: module of `probing.commands` and its function, which gets the arguments; and what the command does."""
 LINEAR_DATASETS = ("scannetpp", "scannet", "nyuv2", "ade20k", "voc2012", "kitti", "rooms")
-PAIR_DATASETS = ("scannet-1500", "superglue", "navi", "rooms", "spair")
+PAIR_DATASETS = ("scannet-1500", "superglue", "rooms", "navi", "spair")
 
 
 def overview() -> str:

@@ -8,7 +8,7 @@ import os
 import platform
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, is_dataclass
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -23,6 +23,14 @@ SCHEMA = 1
 """Raised whenever a reader of the files would have to change."""
 PACKAGES = ("torch", "timm", "nerfstudio", "snd-nerfstudio", "numpy")
 """Whose versions are written down, as far as they are installed."""
+DATASET_PARTS: dict[str, Any] = dict(name=str, content_hash=str, split_rule=str, samples=dict, notes=list)
+WHAT_PARTS: dict[str, Any] = dict(
+    task=str, model=str, description=dict, protocol=str, config=dict, seed=int, variant=dict
+)
+RESULT_PARTS: dict[str, Any] = dict(
+    last=dict, best=dict, best_iteration=(int, type(None)), seconds=(int, float)
+) | dict(details=dict, versions=dict, machine=dict, date=str)
+"""Types of what the files hold."""
 KEY_DIGITS = 10
 """Of the key, in file names."""
 
@@ -171,20 +179,33 @@ def read_result(path: Path) -> ProbeResult:
         raise InputError(
             f"Result {path} has schema {content['schema']}, and this version reads {SCHEMA}: measure it again."
         )
-    try:
-        what = dict(content["what"])
-        dataset = DatasetRecord(**{**what["dataset"], "notes": tuple(what["dataset"].get("notes", ()))})
-        measurement = Measurement(**{**what, "dataset": dataset})
-        known = {entry.name for entry in fields(ProbeResult)}
-        result = ProbeResult(**{**{name: content[name] for name in known}, "what": measurement})
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"Result {path} lacks something ({error}): measure it again.") from error
-    for name, metrics in (("last", result.last), ("best", result.best)):
-        if not isinstance(metrics, dict) or not all(_is_number(value) for value in metrics.values()):
+    what = _part(path, content, "what", dict)
+    dataset = _checked(path, _part(path, what, "dataset", dict), DATASET_PARTS)
+    for name in ("last", "best"):
+        if not all(_is_number(value) for value in _part(path, content, name, dict).values()):
             raise InputError(f"Result {path}: `{name}` must be numbers by their names: measure it again.")
+    measurement = Measurement(
+        **_checked(path, what, WHAT_PARTS), dataset=DatasetRecord(**{**dataset, "notes": tuple(dataset["notes"])})
+    )
+    result = ProbeResult(what=measurement, **_checked(path, content, RESULT_PARTS))
     if measurement.key != content.get("key"):
         raise InputError(f"Result {path} was changed after it was written (its key does not fit): measure it again.")
     return result
+
+
+def _checked(path: Path, content: Mapping[str, Any], parts: Mapping[str, Any]) -> dict[str, Any]:
+    """Parts of a result by their names.
+
+    Raises:
+        InputError: one is missing or of another type.
+    """
+    return {name: _part(path, content, name, kind) for name, kind in parts.items()}
+
+
+def _part(path: Path, content: Mapping[str, Any], name: str, kind: Any) -> Any:
+    if name not in content or not isinstance(content[name], kind):
+        raise InputError(f"Result {path} lacks `{name}`, or it is something else than expected: measure it again.")
+    return content[name]
 
 
 def read_results(places: Iterable[Path]) -> list[ProbeResult]:

@@ -212,14 +212,8 @@ def draw_predictions(
 
     task, test, files = objective.test.task, objective.test, []
     places = spread(len(test), flags.pictures)
-    heads = (
-        {
-            name: (model, _load_head(flags, model, result, objective, device))
-            for name, model, result in _named(models, results)
-        }
-        if places
-        else {}
-    )
+    named = list(_named(models, results)) if places else []
+    heads = {name: (model, _load_head(flags, model, result, objective, device)) for name, model, result in named}
     for place in places:
         sample = windowed(test, place)
         image = image_tensor(sample.image)[None].to(device).float() / 255
@@ -237,10 +231,12 @@ def _named(
     """Each result with a name of its own and its model."""
     by_label = {model.label: model for model in models}
     for result in results:
-        several = sum(other.what.model == result.what.model for other in results) > 1
-        variant = ", ".join(f"{name} {value}" for name, value in result.what.variant.items())
-        name = f"{result.what.model} ({variant})" if several else result.what.model
-        yield name, by_label[result.what.model], result
+        what = result.what
+        others = [other.what.variant for other in results if other.what.model == what.model]
+        told = [
+            f"{name} {value}" for name, value in what.variant.items() if any(o.get(name) != value for o in others)
+        ]
+        yield f"{what.model} ({', '.join(told)})" if told else what.model, by_label[what.model], result
 
 
 def _load_head(flags: Flags, model: ProbeModel, result: ProbeResult, objective: Objective, device: str) -> Any:

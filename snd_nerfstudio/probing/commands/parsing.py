@@ -1,6 +1,7 @@
 """Command lines to configs; light, since every command needs it."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Optional, TypeVar
 
 import tyro
@@ -30,7 +31,9 @@ def parse_with_defaults(kind: type[Any], arguments: Sequence[str], name: str, **
         name: of the command, for its help.
         defaults: by field.
     """
-    return parse(kind, arguments, name, kind(models=tyro.MISSING, data=tyro.MISSING, **defaults))
+    default = kind(models=(), data=Path(), **defaults)
+    default.models = default.data = tyro.MISSING
+    return parse(kind, arguments, name, default)
 
 
 def given(arguments: Sequence[str], flag: str, default: str) -> str:

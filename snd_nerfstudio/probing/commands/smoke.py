@@ -22,7 +22,7 @@ ROOMS = {"scenes": 5, "seed": 0, "frames": 48, "height": 168, "width": 252}
 @dataclass
 class Smoke:
     """Every task on procedural rooms: shows that everything works and what a model can roughly do, in minutes. It is
-    no measure of a backbone: rooms are few and simple, and the probes are trained for 300 steps."""
+    no measure of a backbone: rooms are few and simple, and the probes are trained for few steps."""
 
     models: tuple[str, ...]
     """As for the other commands."""
@@ -34,7 +34,7 @@ class Smoke:
     """Where to compute: cpu, cuda, or auto, which takes a GPU if there is one."""
     limit: int = 80
     """Images of each split, spread evenly; pairs are a third of it."""
-    iterations: int = 300
+    iterations: int = 200
     """Training steps of each linear probe."""
     pictures: int = 2
     """Pictures of each kind."""
