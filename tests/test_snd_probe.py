@@ -202,6 +202,8 @@ def test_a_model_that_is_named_twice_or_not_known_is_refused(probe):
         probe("correspondence", models=(TINY, TINY))
     with pytest.raises(InputError, match="--models"):
         probe("correspondence", models=("dinov9",))
+    with pytest.raises(InputError, match=r"config.yml@pupil: behind the @ stands one of teacher"):
+        probe("correspondence", models=("config.yml@pupil",))
 
 
 # ---------------------------------------------------------------------- linear probes

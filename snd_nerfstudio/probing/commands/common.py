@@ -114,11 +114,11 @@ def open_models(texts: Sequence[str], seed: int, device: str = "cpu") -> list[Pr
 
 def _open_run(config_file: Path, which: str) -> ProbeModel:
     """Teacher, student or original backbone of a training run."""
+    if which not in SOURCES:
+        raise InputError(f"--models {config_file}@{which}: behind the @ stands one of {', '.join(SOURCES)}.")
     from snd_nerfstudio.checksums import sha256
     from snd_nerfstudio.snd_pipeline import load_trained_model
 
-    if which not in SOURCES:
-        raise InputError(f"--models {config_file}@{which}: take one of {', '.join(SOURCES)}.")
     config, model, step = load_trained_model(config_file)
     name = f"{config.timestamp or config_file.parent.name}@{which}"
     settings = config.pipeline.model
@@ -154,9 +154,9 @@ def encoder(
     """
 
     def encode(image: np.ndarray) -> FeatureMap:
-        size = resized(*image.shape[:2])
-        if size != image.shape[:2]:
-            image = np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR))
+        height, width = resized(*image.shape[:2])
+        if (height, width) != image.shape[:2]:
+            image = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
         return feature_map(model, image, settings)
 
     return encode

@@ -93,8 +93,8 @@ class Nearest(Flags):
 
     def _tokens(self, model: ProbeModel, image: UInt8[np.ndarray, "H W 3"]) -> Float[Tensor, "h w c"]:
         """Tokens of an image that is resized to whole patches, so that each covers a cell of the depth map."""
-        size = fitting_size(image.shape[0], image.shape[1], model.patch)
-        resized = np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR))
+        height, width = fitting_size(image.shape[0], image.shape[1], model.patch)
+        resized = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
         return feature_map(model, resized, self.features).values.permute(1, 2, 0)
 
 

@@ -15,8 +15,8 @@ from snd_nerfstudio.probing.commands.report import Report
 from snd_nerfstudio.probing.commands.visualize import VisualizePairs
 from snd_nerfstudio.probing.results import ProbeResult
 
-ROOMS = {"scenes": 5, "seed": 0, "frames": 48, "height": 168, "width": 252}
-"""Rooms that are made where there are none: 12 x 18 tokens of 14 pixels for each image."""
+SCENES, FRAMES, HEIGHT, WIDTH = 5, 48, 168, 252
+"""Of the rooms that are made where there are none: 12 x 18 tokens of 14 pixels for each image."""
 
 
 @dataclass
@@ -86,7 +86,7 @@ class Smoke:
             return self.data
         from snd_nerfstudio.scenes.rooms import RoomsConfig, generate_rooms
 
-        return generate_rooms(RoomsConfig(out=self.out / "rooms", **ROOMS))
+        return generate_rooms(RoomsConfig(self.out / "rooms", SCENES, 0, FRAMES, HEIGHT, WIDTH))
 
 
 def main(arguments: Sequence[str]) -> None:
