@@ -41,7 +41,10 @@ def as_picture(image: UInt8[np.ndarray, "h w 3"]) -> Float[Tensor, "h w 3"]:
 
 
 def view_set(
-    images: Sequence[UInt8[np.ndarray, "_h _w 3"]], names: Sequence[str], patch: int, title: str
+    images: Sequence[UInt8[np.ndarray, "_h _w 3"]],
+    names: Sequence[str],
+    patch: int,
+    title: str,
 ) -> ShownSet:
     """Views of one scene, to be drawn with one basis and one clustering (`snd_visualize.draw_set`; figures 12 to 14).
 

@@ -123,7 +123,7 @@ def paper_value(task: str, dataset: str, metric: str, description: Mapping[str, 
 def make_tables(results: Sequence[ProbeResult], which: Which = "last") -> list[Table]:
     """One table for each task: a row for each model, a column for each metric of each dataset and protocol.
 
-    Heads of one model, and results that differ only in settings or in the copy of the dataset, have rows of their own.
+    Heads of one model, and results that differ only in settings or the copy of the dataset, have rows of their own.
 
     Args:
         results: any number of them; the same one twice counts once.
@@ -157,10 +157,9 @@ def _table(task: str, results: Sequence[ProbeResult], which: Which) -> Table:
             columns[column] = None
             if value is not None:
                 row[column] = value, paper_value(task, what.dataset.name, metric, what.description)
-    best = {
-        column: _best(column.metric, [row[column][0] for row in values.values() if column in row])
-        for column in columns
-    }
+    best = {}
+    for column in columns:
+        best[column] = _best(column.metric, [row[column][0] for row in values.values() if column in row])
     rows = [
         (label, {column: Cell(value, paper, value == best[column]) for column, (value, paper) in row.items()})
         for label, row in sorted(values.items())
@@ -199,7 +198,8 @@ def _collisions(whats: Sequence[Measurement], labels: Mapping[str, str]) -> list
 def _best(metric: str, values: Sequence[float]) -> Optional[float]:
     if len(values) < 2:
         return None  # alone it is nothing to be proud of
-    return min(values) if metric in LOWER_IS_BETTER else max(values)
+    own = metric.rpartition("/")[2]  # before it stands which pixels are judged
+    return min(values) if own in LOWER_IS_BETTER else max(values)
 
 
 def _notes(task: str, results: Sequence[ProbeResult], rows: Sequence[Any], which: Which) -> list[str]:
@@ -283,9 +283,8 @@ def to_latex(tables: Sequence[Table]) -> str:
         columns = shown_columns(table)
         groups = list(dict.fromkeys((c.dataset, c.protocol) for c in columns))
         widths = [sum((c.dataset, c.protocol) == group for c in columns) for group in groups]
-        heads = [
-            rf"\multicolumn{{{n}}}{{c}}{{{_tex(f'{d} ({p})')}}}" for n, (d, p) in zip(widths, groups, strict=True)
-        ]
+        titles = [_tex(f"{dataset} ({protocol})") for dataset, protocol in groups]
+        heads = [rf"\multicolumn{{{n}}}{{c}}{{{title}}}" for n, title in zip(widths, titles, strict=True)]
         lines = [f"% {TITLES.get(table.task, table.task)}", rf"\begin{{tabular}}{{l{'r' * len(columns)}}}", r"\hline"]
         lines.append(" & ".join(["", *heads]) + r" \\")
         lines.append(" & ".join(["model", *(_tex(_name(table.task, c.metric)) for c in columns)]) + r" \\ \hline")

@@ -217,9 +217,8 @@ def read_results(places: Iterable[Path]) -> list[ProbeResult]:
     files: dict[Path, None] = {}
     for place in map(Path, places):
         if place.is_dir():
-            files.update(
-                dict.fromkeys(sorted(file for file in place.glob("*.json") if not file.name.startswith(".")))
-            )
+            inside = sorted(file for file in place.glob("*.json") if not file.name.startswith("."))
+            files.update(dict.fromkeys(inside))
         elif place.is_file():
             files[place] = None
         else:

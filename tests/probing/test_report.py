@@ -100,6 +100,16 @@ def test_the_best_of_each_column_is_marked_by_what_is_better():
     assert "abs_rel" not in cells(tables, "c")
 
 
+def test_of_errors_over_other_pixels_less_is_better_too():
+    both = [
+        result(name, {"depth/rmse": value, "depth/d1": value}, task="normals")
+        for name, value in (("a", 1.0), ("b", 2.0))
+    ]
+    tables = make_tables(both)
+    assert [metric for metric, cell in cells(tables, "a").items() if cell.best] == ["depth/rmse"]
+    assert [metric for metric, cell in cells(tables, "b").items() if cell.best] == ["depth/d1"]
+
+
 def test_a_model_alone_is_not_the_best():
     assert not any(cell.best for cell in cells(make_tables([result("a")]), "a").values())
 

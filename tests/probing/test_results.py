@@ -78,10 +78,8 @@ OTHERS = {
 @pytest.mark.parametrize("change", OTHERS)
 def test_a_measurement_is_found_again_and_no_other_is_taken_for_it(tmp_path, change):
     write_result(result(), tmp_path)
-    assert (
-        find_result(replace(WHAT, config=dict(reversed(WHAT.config.items()))), tmp_path)
-        == read_results([tmp_path])[0]
-    )
+    reordered = replace(WHAT, config=dict(reversed(WHAT.config.items())))
+    assert find_result(reordered, tmp_path) == read_results([tmp_path])[0]
     assert find_result(OTHERS[change], tmp_path) is None
     assert OTHERS[change].file_name != WHAT.file_name
 

@@ -77,9 +77,8 @@ def chosen_device(text: str) -> str:
     try:
         torch.empty(0, device=text)
     except (RuntimeError, AssertionError) as error:
-        raise InputError(
-            f"--device {text} cannot be used ({str(error).splitlines()[0]}): give cpu or auto."
-        ) from error
+        reason = str(error).splitlines()[0]
+        raise InputError(f"--device {text} cannot be used ({reason}): give cpu or auto.") from error
     return text
 
 
@@ -106,9 +105,8 @@ def open_models(texts: Sequence[str], seed: int, device: str = "cpu") -> list[Pr
         models.append(model)
     labels = [model.label for model in models]
     if len(set(labels)) < len(labels):
-        raise InputError(
-            f"--models: two models would both be called {max(labels, key=labels.count)}: name one alone."
-        )
+        twice = max(labels, key=labels.count)
+        raise InputError(f"--models: two models would both be called {twice}: name one alone.")
     return models
 
 
@@ -220,9 +218,7 @@ def open_splits(flags: Flags, task: Any, protocol: str, seed: int) -> tuple[Prob
             flags.dataset, flags.data, task, split, "paper" if protocol == "paper" else "fixed", seed
         )
         if len(dataset) == 0:
-            raise InputError(
-                f"--data {flags.data} has no image to {split} on: run snd-probe {flags.dataset} --check."
-            )
+            raise InputError(f"--data {flags.data} has no image to {split} on: look with --check.")
         found.append(dataset if flags.limit is None else Limited(dataset, flags.limit))
     return found[0], found[1]
 
@@ -234,12 +230,11 @@ def record_of(train: ProbeDataset, test: ProbeDataset) -> DatasetRecord:
         InputError: a file is missing.
     """
     hashes = {dataset.split: dataset.content_hash() for dataset in (train, test)}
+    rules = dict.fromkeys([train.split_rule, test.split_rule])
     return DatasetRecord(
         name=test.name,
         content_hash=" ".join(f"{split}:{value}" for split, value in hashes.items()),
-        split_rule=test.split_rule
-        if train.split_rule == test.split_rule
-        else f"{train.split_rule}; {test.split_rule}",
+        split_rule=" / ".join(rules),
         samples={"train": len(train), "test": len(test)},
         notes=tuple(dict.fromkeys([*train.notes, *test.notes])),
     )

@@ -233,9 +233,8 @@ def _named(
     for result in results:
         what = result.what
         others = [other.what.variant for other in results if other.what.model == what.model]
-        told = [
-            f"{name} {value}" for name, value in what.variant.items() if any(o.get(name) != value for o in others)
-        ]
+        differs = {name for name, value in what.variant.items() if any(o.get(name) != value for o in others)}
+        told = [f"{name} {value}" for name, value in what.variant.items() if name in differs]
         yield f"{what.model} ({', '.join(told)})" if told else what.model, by_label[what.model], result
 
 

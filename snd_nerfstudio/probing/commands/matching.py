@@ -128,9 +128,8 @@ class Correspondence(Features):
             pair = pairs[place]
             maps = {label: (one(pair.images[0]), one(pair.images[1])) for label, one in encoders.items()}
             picture = correspondence_sheet(pair, maps, title=f"{self.dataset}, {pair.name}")
-            save_png(
-                picture, self.out / "pictures" / f"correspondence_{self.dataset}_{self.protocol}_{place:05d}.png"
-            )
+            name = f"correspondence_{self.dataset}_{self.protocol}_{place:05d}.png"
+            save_png(picture, self.out / "pictures" / name)
 
 
 def pairs_record(name: str, pairs: PairSet, total: int) -> DatasetRecord:
