@@ -14,7 +14,11 @@ from snd_nerfstudio import snd_probe
 from snd_nerfstudio.backbones.build import build_backbone
 from snd_nerfstudio.checksums import sha256
 from snd_nerfstudio.errors import InputError
+from snd_nerfstudio.probing.pairs import RoomPairs, RoomPairsSettings
+from snd_nerfstudio.probing.report import make_tables
 from snd_nerfstudio.probing.results import read_result, read_results
+from tests.probing.datasets.writers import write_scannetpp, write_voc2012
+from tests.probing.pairs.trees import write_scannet, write_superglue
 from tests.probing.test_keypoints import tree  # noqa: F401  a small SPair-71k
 
 TINY = "tiny=random"
@@ -151,6 +155,19 @@ def test_a_flag_overrides_the_protocol(probe):
     assert found.what.config["matching"]["pad_crop"] == "parity"
 
 
+@pytest.mark.parametrize(("name", "write"), [("scannet-1500", write_scannet), ("superglue", write_superglue)])
+def test_published_pairs_are_resized_as_in_the_released_code(probe, rooms, tmp_path, name, write):
+    data = tmp_path / "data"
+    data.mkdir()
+    write(data, RoomPairs(rooms, RoomPairsSettings(pairs=2)))
+    assert check(name, "--check", data) == 0
+    (found,) = probe("correspondence", "--dataset", name, "--protocol", "paper", data=data)
+    assert found.what.config["size"] == [480, 640] and found.what.dataset.samples == {"pairs": 2}
+    assert found.what.dataset.split_rule == "published list"
+    (table,) = make_tables([found])
+    assert any("figure 7 is a plot" in note for note in table.notes) == (name == "scannet-1500")
+
+
 def test_points_are_tracked(probe):
     (found,) = probe("tracking", "--frames", 4, "--points", 20)
     assert found.what.dataset.samples == {"videos": 1} and found.details["points"] == 20
@@ -231,6 +248,23 @@ def test_each_head_of_a_segmentation_probe_has_a_result(probe, tmp_path):
     assert len(pictures(tmp_path, "segmentation_")) == 1
 
 
+@pytest.mark.parametrize(
+    ("task", "name", "write", "flags"),
+    [
+        ("depth", "scannetpp", write_scannetpp, FEW),
+        ("segmentation", "voc2012", write_voc2012, FEW),
+        # crops, flips and windows of the released code; images are enlarged to 512 pixels for that
+        ("segmentation", "scannetpp", write_scannetpp, ("--protocol", "paper", "--iterations", 1, "--limit", 2)),
+    ],
+)
+def test_published_layouts_are_probed(probe, rooms, tmp_path, task, name, write, flags):
+    write(rooms, tmp_path / "data")
+    assert check(name, "--check", tmp_path / "data", "--task", task) == 0
+    found = probe(task, "--dataset", name, *flags, data=tmp_path / "data")[0]
+    assert (found.what.task, found.what.dataset.name, found.what.protocol) == (task, name, flags[1])
+    assert all(value is not None and value >= 0 for value in found.last.values())
+
+
 def test_a_trained_probe_is_not_trained_again_and_another_model_is_added(probe, tmp_path, capsys):
     weights = tmp_path / "weights" / "other.safetensors"
     weights.parent.mkdir()
@@ -308,6 +342,7 @@ def test_a_report_of_nothing_is_a_users_mistake(tmp_path):
         snd_probe.main(["report", "--results", str(tmp_path)])
 
 
+@pytest.mark.slow
 def test_smoke_tries_every_task_and_makes_tables_and_pictures(rooms, tmp_path, capsys):
     flags = ["--models", TINY, "--data", str(rooms), "--out", str(tmp_path), "--device", "cpu"]
     snd_probe.main(["smoke", *flags, "--iterations", "2", "--limit", "8", "--pictures", "1"])
