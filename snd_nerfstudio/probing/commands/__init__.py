@@ -1,0 +1,1 @@
+"""The commands of `snd-probe`; `snd_probe` says which there are."""

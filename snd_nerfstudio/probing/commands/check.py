@@ -1,0 +1,59 @@
+"""`snd-probe DATASET --check PATH`: what is missing of a dataset."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Optional
+
+from snd_nerfstudio.probing.commands.parsing import parse
+from snd_nerfstudio.probing.datasets import DATASETS
+from snd_nerfstudio.probing.datasets.checking import NOTE, check_dataset
+
+
+@dataclass
+class Check:
+    """Say what is missing of a dataset or wrong with it; ends with code 1 if anything is."""
+
+    check: Path
+    """The dataset's folder."""
+    task: Optional[Literal["depth", "normals", "segmentation", "pairs"]] = None
+    """Look only at what this needs; pairs: correspondence. None: everything."""
+    protocol: Literal["paper", "fixed"] = "fixed"
+    """Whose splits are looked at."""
+
+
+def check(name: str, arguments: Sequence[str]) -> list[str]:
+    """Print what is found.
+
+    Args:
+        name: of the dataset.
+        arguments: of the command line, after it.
+
+    Returns:
+        What is missing or wrong, without what may be meant so.
+    """
+    config = parse(Check, arguments, name)
+    found = find(name, config)
+    wrong = [text for text in found if not text.startswith(NOTE)]
+    for text in found:
+        print(text)
+    many = "thing is" if len(wrong) == 1 else "things are"
+    print(
+        f"{name} in {config.check}: " + (f"{len(wrong)} {many} missing or wrong." if wrong else "nothing is missing.")
+    )
+    return wrong
+
+
+def find(name: str, config: Check) -> list[str]:
+    """What is missing or wrong, a sentence each; those that begin with `NOTE` may be meant so."""
+    from snd_nerfstudio.probing.keypoints import check_spair
+    from snd_nerfstudio.probing.pairs import NAMES, check_pairs
+
+    if name == "spair":
+        return check_spair(config.check)
+    found: list[str] = []
+    if name in DATASETS and config.task != "pairs":
+        found += check_dataset(name, config.check, None if config.task is None else [config.task], config.protocol)
+    if name in NAMES and config.task in (None, "pairs"):
+        found += check_pairs(name, config.check)
+    return list(dict.fromkeys(found))

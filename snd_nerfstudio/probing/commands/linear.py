@@ -1,0 +1,296 @@
+"""`snd-probe depth`, `normals` and `segmentation`: linear probes on frozen backbones."""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+from torch import Tensor
+
+from snd_nerfstudio.errors import InputError
+from snd_nerfstudio.probing.commands.common import (
+    Flags,
+    announce_done,
+    chosen_device,
+    open_models,
+    open_splits,
+    progress_bar,
+    record_of,
+    show,
+    spread,
+)
+from snd_nerfstudio.probing.commands.parsing import given, parse_with_defaults
+from snd_nerfstudio.probing.examples import image_tensor, windowed
+from snd_nerfstudio.probing.features import encode
+from snd_nerfstudio.probing.linear import STATE_FILE, UNIMPORTANT, LinearResult, run_linear
+from snd_nerfstudio.probing.models import ProbeModel
+from snd_nerfstudio.probing.objectives import Objective, head_inputs, make_objective
+from snd_nerfstudio.probing.protocols import AnyProbe, DepthProbe, NormalsProbe, SegmentationProbe
+from snd_nerfstudio.probing.results import (
+    DatasetRecord,
+    Measurement,
+    ProbeResult,
+    file_word,
+    find_result,
+    finished,
+    plain,
+    write_result,
+)
+
+SMOKE_IMAGES = 80
+"""Images of each split of protocol `smoke` unless --limit says otherwise."""
+RUNS = "runs"
+"""Folder, in that of the results, for heads and the state of trainings."""
+
+
+@dataclass
+class Linear(Flags):
+    """Flags of all linear probes; the fields of `probe` are flags without a prefix."""
+
+    probe: Any = None
+
+    def main(self) -> list[ProbeResult]:
+        """Train, test, write results and pictures, and print a table.
+
+        Returns:
+            A result for each head, model after model.
+
+        Raises:
+            InputError: see `run_linear`, `open_models` and `open_dataset`.
+        """
+        self.check()
+        settings: AnyProbe = self.probe
+        device = chosen_device(self.device)
+        if settings.protocol == "smoke" and self.limit is None:
+            self.limit = SMOKE_IMAGES
+        train, test = open_splits(self, TASKS[type(settings)], settings.protocol, settings.seed)
+        objective = make_objective(settings, train, test)
+        models = open_models(self.models, settings.seed, device)
+        record = record_of(train, test)
+        planned = {
+            model.label: [measurement(model, settings, record, variant) for variant in objective.variants()]
+            for model in models
+        }
+        done = {label: self._earlier(wanted) for label, wanted in planned.items()}
+        missing = [model for model in models if not done[model.label]]
+        if missing:
+            keys = [what.key for model in missing for what in planned[model.label]]
+            run = hashlib.sha256("".join(keys).encode()).hexdigest()[:12]
+            folder = self.out / RUNS / file_word(f"{test.task}-{record.name}-{settings.protocol}-{run}")
+            if self.again:
+                (folder / STATE_FILE).unlink(missing_ok=True)
+            with _progress() as progress:
+                trained = run_linear(missing, train, test, settings, folder, device, progress)
+            for entry in trained:
+                what = next(what for what in planned[entry.model] if what.variant == plain(entry.variant))
+                done[entry.model].append(self._written(what, entry, device))
+        results = [result for model in models for result in done[model.label]]
+        draw_predictions(self, models, results, objective, device)
+        show(results, self.out)
+        return results
+
+    def _earlier(self, wanted: Sequence[Measurement]) -> list[ProbeResult]:
+        """What was measured of a model before, if it was all of it."""
+        if self.again:
+            return []
+        found = [find_result(what, self.out) for what in wanted]
+        done = [result for result in found if result is not None]
+        if len(done) < len(wanted):
+            return []
+        for result in done:
+            announce_done(result, self.out)
+        return done
+
+    def _written(self, what: Measurement, entry: LinearResult, device: str) -> ProbeResult:
+        details = {
+            "curve": entry.curve,
+            "tokens_bytes": entry.tokens_bytes,
+            "head_file": entry.head_file.relative_to(self.out).as_posix(),
+        }
+        result = finished(
+            what, entry.last, entry.best, entry.seconds, device, best_iteration=entry.best_iteration, details=details
+        )
+        # of several heads of a model some may be there from before
+        write_result(result, self.out, replace=self.again or find_result(what, self.out) is not None)
+        return result
+
+
+@dataclass
+class Depth(Linear):
+    """Depth by a linear probe with 256 bins (paper, tables 1 and 4): scannetpp, scannet, nyuv2, kitti, rooms."""
+
+    probe: Annotated[DepthProbe, tyro.conf.arg(name="")] = field(default_factory=DepthProbe.fixed)
+
+
+@dataclass
+class Normals(Linear):
+    """Surface normals by a linear probe (paper, table 2): nyuv2, rooms."""
+
+    probe: Annotated[NormalsProbe, tyro.conf.arg(name="")] = field(default_factory=NormalsProbe.fixed)
+
+
+@dataclass
+class Segmentation(Linear):
+    """Classes by a linear probe (paper, tables 3 and 4): scannetpp, scannet, nyuv2, ade20k, voc2012, rooms."""
+
+    probe: Annotated[SegmentationProbe, tyro.conf.arg(name="")] = field(default_factory=SegmentationProbe.fixed)
+
+
+TASKS: dict[type, Any] = {DepthProbe: "depth", NormalsProbe: "normals", SegmentationProbe: "segmentation"}
+KINDS: dict[type[Any], type[AnyProbe]] = {Depth: DepthProbe, Normals: NormalsProbe, Segmentation: SegmentationProbe}
+
+
+def preset(kind: type[Any], protocol: str, cache: Any = "none") -> Any:
+    """The settings of a protocol.
+
+    Args:
+        kind: of a probe.
+        protocol: anything but `paper` and `smoke` is `fixed`.
+        cache: of `fixed`, which trains without augmentation where tokens are cached.
+    """
+    if protocol in ("paper", "smoke"):
+        return getattr(kind, protocol)()
+    return kind.fixed(cache if cache in ("memory", "disk") else "none")
+
+
+def measurement(model: ProbeModel, settings: AnyProbe, record: DatasetRecord, variant: dict[str, Any]) -> Measurement:
+    """What one head measures; settings that do not change results are left out."""
+    config = {name: value for name, value in asdict(settings).items() if name not in UNIMPORTANT}
+    return Measurement(
+        TASKS[type(settings)],
+        record,
+        model.label,
+        plain(model.description),
+        settings.protocol,
+        plain(config),
+        settings.seed,
+        plain(variant),
+    )
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar for each thing that is done."""
+    with progress_bar() as progress:
+        bars: dict[str, Any] = {}
+
+        def report(what: str, done: int, total: int) -> None:
+            if what not in bars:
+                bars[what] = progress.add_task(what, total=total)
+            progress.update(bars[what], completed=done, total=total)
+
+        yield report
+
+
+# ---------------------------------------------------------------------- pictures
+
+
+@torch.no_grad()
+def draw_predictions(
+    flags: Flags, models: Sequence[ProbeModel], results: Sequence[ProbeResult], objective: Objective, device: str
+) -> list[Path]:
+    """Draw what the heads say about some test images, with what is true and how far off they are.
+
+    Args:
+        flags: how many, and where to.
+        models: by their labels in the results.
+        results: of heads whose weights lie in the folder.
+        objective: of the task.
+        device: where the models are.
+
+    Returns:
+        The files.
+
+    Raises:
+        InputError: a head's weights are gone, or a sample cannot be read.
+    """
+    from snd_nerfstudio.viewer.pictures import save_png
+
+    task, test, files = objective.test.task, objective.test, []
+    places = spread(len(test), flags.pictures)
+    named = list(_named(models, results)) if places else []
+    heads = {name: (model, _load_head(flags, model, result, objective, device)) for name, model, result in named}
+    for place in places:
+        sample = windowed(test, place)
+        image = image_tensor(sample.image)[None].to(device).float() / 255
+        found = {name: _predict(objective, model, head, image) for name, (model, head) in heads.items()}
+        picture = _sheet(task, sample, found)
+        protocol = objective.settings.protocol
+        files.append(flags.out / "pictures" / f"{task}_{test.name}_{protocol}_{file_word(sample.name)}.png")
+        save_png(picture, files[-1])
+    return files
+
+
+def _named(
+    models: Sequence[ProbeModel], results: Sequence[ProbeResult]
+) -> Iterator[tuple[str, ProbeModel, ProbeResult]]:
+    """Each result with a name of its own and its model."""
+    by_label = {model.label: model for model in models}
+    for result in results:
+        what = result.what
+        others = [other.what.variant for other in results if other.what.model == what.model]
+        differs = {name for name, value in what.variant.items() if any(o.get(name) != value for o in others)}
+        told = [f"{name} {value}" for name, value in what.variant.items() if name in differs]
+        yield f"{what.model} ({', '.join(told)})" if told else what.model, by_label[what.model], result
+
+
+def _load_head(flags: Flags, model: ProbeModel, result: ProbeResult, objective: Objective, device: str) -> Any:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    file = flags.out / str(result.details["head_file"])
+    with torch.random.fork_rng(devices=[]):
+        head = objective.make_head(*head_inputs(model, objective.settings), result.what.variant)
+    try:
+        head.load_state_dict(load_file(file), strict=True)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise InputError(f"Head {file} cannot be read ({error}): measure it anew with --again.") from error
+    return head.to(device).eval()
+
+
+def _predict(objective: Objective, model: ProbeModel, head: Any, image: Tensor) -> Tensor:
+    def predict(seen: Tensor) -> Tensor:
+        return objective.predict(head, encode(model, seen, objective.settings.features))
+
+    return objective.on_image(image, predict)[0].cpu()
+
+
+def _sheet(task: str, sample: Any, found: dict[str, Tensor]) -> Tensor:
+    from snd_nerfstudio.probing import pictures
+
+    title = f"{task}, {sample.name}"
+    if task == "depth":
+        truth = torch.from_numpy(sample.depth.copy())
+        return pictures.depth_sheet(sample.image, truth, {name: maps[0] for name, maps in found.items()}, title)
+    if task == "normals":
+        normals = {name: maps[:3].permute(1, 2, 0) for name, maps in found.items()}
+        return pictures.normals_sheet(sample.image, torch.from_numpy(sample.normals.copy()), normals, title)
+    labels = {name: maps.argmax(dim=0) for name, maps in found.items()}
+    return pictures.segmentation_sheet(sample.image, torch.from_numpy(sample.labels.copy()), labels, title)
+
+
+# ---------------------------------------------------------------------- entry points
+
+
+def _main(kind: type[Any], arguments: Sequence[str], name: str) -> None:
+    protocol, cache = given(arguments, "--protocol", "fixed"), given(arguments, "--cache", "none")
+    parse_with_defaults(kind, arguments, name, probe=preset(KINDS[kind], protocol, cache)).main()
+
+
+def depth(arguments: Sequence[str]) -> None:
+    """Entry point of ``snd-probe depth``."""
+    _main(Depth, arguments, "depth")
+
+
+def normals(arguments: Sequence[str]) -> None:
+    """Entry point of ``snd-probe normals``."""
+    _main(Normals, arguments, "normals")
+
+
+def segmentation(arguments: Sequence[str]) -> None:
+    """Entry point of ``snd-probe segmentation``."""
+    _main(Segmentation, arguments, "segmentation")
