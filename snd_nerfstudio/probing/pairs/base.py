@@ -12,7 +12,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image, ImageOps
 
 from snd_nerfstudio.errors import InputError
-from snd_nerfstudio.scenes.frames import UNREADABLE
+from snd_nerfstudio.scenes.decoding import UNREADABLE
 
 
 @dataclass(frozen=True)
