@@ -123,9 +123,10 @@ def encode(
         raise InputError(f"{model.label} has no class token: probe it with --features.no-class-token.")
     prepared, padding = prepare(model, images, settings)
     with resized_positions(model, settings.positions):
-        tokens = _tokens(model.backbone, prepared, settings.block, settings.norm)
-    class_token = tokens.class_token if settings.class_token else None
-    return ProbeFeatures(tokens.patches, class_token, padding, (images.shape[-2], images.shape[-1]))
+        patches, class_token = _tokens(model.backbone, prepared, settings.block, settings.norm)
+    if not settings.class_token:
+        class_token = None
+    return ProbeFeatures(patches, class_token, padding, (images.shape[-2], images.shape[-1]))
 
 
 def feature_map(model: ProbeModel, image: UInt8[np.ndarray, "H W 3"], settings: FeatureSettings) -> FeatureMap:
@@ -178,9 +179,13 @@ def _restore(module: nn.Module, kind: type, attributes: dict) -> None:
     module.__dict__.update(attributes)
 
 
-def _tokens(backbone: nn.Module, prepared: Float[Tensor, "b 3 H W"], block: int, norm: bool) -> Tokens:
+def _tokens(
+    backbone: nn.Module, prepared: Float[Tensor, "b 3 H W"], block: int, norm: bool
+) -> tuple[Float[Tensor, "b h w c"], Optional[Float[Tensor, "b d"]]]:
+    """Patch tokens and class token, which may differ in channels."""
     if isinstance(backbone, TokenBackbone):
-        return _transformer_tokens(backbone, prepared, block, norm)
+        found = _transformer_tokens(backbone, prepared, block, norm)
+        return found.patches, found.class_token
     if isinstance(backbone, RefinedBackbone):
         if block not in (-1, backbone.backbone.blocks - 1):
             raise InputError("--features.block: MEF's convolution lies behind the last block, so give -1.")
@@ -190,12 +195,13 @@ def _tokens(backbone: nn.Module, prepared: Float[Tensor, "b 3 H W"], block: int,
         class_token = raw.class_token
         if norm and class_token is not None:
             class_token = final_norm(class_token)
-        return Tokens(rearrange(grid, "b c h w -> b h w c"), class_token)
+        return rearrange(grid, "b c h w -> b h w c"), class_token
     if isinstance(backbone, ConcatenatedBackbone):
-        original = _tokens(backbone.original, prepared, block, norm)
-        fine_tuned = _tokens(backbone.fine_tuned, prepared, block, norm)
-        return Tokens(torch.cat([original.patches, fine_tuned.patches], dim=-1), original.class_token)
-    return backbone.prepared_tokens(prepared, block, norm)  # type: ignore
+        original, class_token = _tokens(backbone.original, prepared, block, norm)
+        fine_tuned, _ = _tokens(backbone.fine_tuned, prepared, block, norm)
+        return torch.cat([original, fine_tuned], dim=-1), class_token
+    found = backbone.prepared_tokens(prepared, block, norm)  # type: ignore
+    return found.patches, found.class_token
 
 
 def _transformer_tokens(backbone: TokenBackbone, prepared: Float[Tensor, "b 3 H W"], block: int, norm: bool) -> Tokens:

@@ -254,7 +254,8 @@ class SegmentationObjective(Objective[SegmentationProbe, SegmentationHead]):
 
     def variants(self) -> list[Variant]:
         norms = ("none", "batch") if self.settings.head_norm == "both" else (self.settings.head_norm,)
-        return [{**variant, "head_norm": norm} for norm in norms for variant in super().variants()]
+        plain = super().variants()
+        return [{**variant, "head_norm": norm} for norm in norms for variant in plain]
 
     def make_head(self, channels: int, class_channels: int, variant: Variant) -> SegmentationHead:
         if class_channels:

@@ -197,7 +197,7 @@ class DepthProbe(LinearProbe):
 class NormalsProbe(LinearProbe):
     """Normals with an uncertainty (Bae et al. 2021; Probe3D; released code)."""
 
-    epochs: Optional[float] = 10
+    epochs: Optional[float] = 10.0
     """Passes over the training images, where no number of steps is given."""
     batch: int = 8
     """Images of a step."""
