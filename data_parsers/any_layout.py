@@ -31,7 +31,7 @@ def parse(config: DataParserConfig, split: Literal["train", "val", "all"]) -> Da
         raise InputError(f"--data {config.data}: no such file or folder.")
     if isinstance(config, MultiSceneConfig):
         return config.setup().get_dataparser_outputs(split=split)
-    outputs = config.setup().get_dataparser_outputs(split="train")
+    outputs = _foreign_outputs(config)
     order = by_name(outputs)
     if len(order) < 3:
         raise InputError(f"--data {config.data}: {len(order)} training frames; a triplet needs at least three.")
@@ -40,13 +40,53 @@ def parse(config: DataParserConfig, split: Literal["train", "val", "all"]) -> Da
     return subset(outputs, chosen)
 
 
+def _foreign_outputs(config: DataParserConfig) -> DataparserOutputs:
+    """What another library's dataparser trains on; these end in any kind of error, or the process, if data are wrong.
+
+    Raises:
+        InputError: with the error's kind and text.
+    """
+    name = type(config).__name__.removesuffix("Config")
+    try:
+        return config.setup().get_dataparser_outputs(split="train")
+    except (Exception, SystemExit) as error:
+        said = " ".join(str(error).split()) or "no reason given"
+        raise InputError(
+            f"--data {config.data}: nerfstudio's {name} cannot read it ({type(error).__name__}: {said}). Mend the "
+            "data, or end the command with the layout that they have."
+        ) from error
+
+
+def described(outputs: DataparserOutputs) -> dict[str, Any]:
+    """The metadata of our own dataparsers (`multi_scene.to_outputs`), made up where another one gives none.
+
+    Another one's frames are a single scene in the order of their file names; depth follows the scale of the poses.
+    """
+    count = len(outputs.image_filenames)
+    unit = float(outputs.metadata.get("depth_unit_scale_factor", 1e-3)) * outputs.dataparser_scale
+    made_up = {
+        "scene_names": [outputs.image_filenames[0].parent.name],
+        "scene_worlds": [_world(outputs)],
+        "scene_index": np.zeros(count, dtype=np.int64),
+        "depth_scale": np.full(count, unit, dtype=np.float64),
+        "instance_filenames": None,
+        "depth_filenames": None,
+    }
+    if "frame_order" not in outputs.metadata:
+        made_up["frame_order"] = np.empty(count, dtype=np.int64)
+        made_up["frame_order"][by_name(outputs)] = np.arange(count)
+    return {**made_up, **outputs.metadata}
+
+
+def _world(outputs: DataparserOutputs) -> tuple[Float[np.ndarray, "4 4"], float]:
+    world = np.eye(4)
+    world[:3] = outputs.dataparser_transform.double().numpy()[:3]
+    return world, float(outputs.dataparser_scale)
+
+
 def scene_worlds(outputs: DataparserOutputs) -> list[tuple[Float[np.ndarray, "4 4"], float]]:
     """What the dataparser did to the poses of each scene's files: a matrix from the left, then a scale."""
-    if "scene_worlds" in outputs.metadata:
-        return [(world, float(scale)) for world, scale in outputs.metadata["scene_worlds"]]
-    world = np.eye(4)
-    world[:3] = outputs.dataparser_transform.double().numpy()
-    return [(world, float(outputs.dataparser_scale))]
+    return [(world, float(scale)) for world, scale in outputs.metadata.get("scene_worlds", [_world(outputs)])]
 
 
 def by_name(outputs: DataparserOutputs) -> Int[np.ndarray, "frames"]:

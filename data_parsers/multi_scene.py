@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from nerfstudio.cameras.cameras import Cameras, CameraType
 from nerfstudio.data.dataparsers.base_dataparser import DataParserConfig, DataparserOutputs
 from nerfstudio.data.scene_box import SceneBox
+from nerfstudio.utils.rich_utils import CONSOLE
 
 from snd_nerfstudio.errors import InputError
 from snd_nerfstudio.scenes.file_list import FileList
@@ -71,6 +72,34 @@ class Scene:
 def natural_key(name: str) -> list[tuple[int, int, str]]:
     """Sort key under which ``frame_2`` comes before ``frame_10``."""
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name) if part]
+
+
+def places_in_capture(numbers: Int[np.ndarray, "n"]) -> Int[np.ndarray, "n"]:
+    """Place of each frame in its capture, from 0, where frames are numbered in rising order but seldom one by one.
+
+    The median distance of two numbers counts as one step, so that every tenth frame of a video gives 0, 1, 2, ...,
+    and where three of these are missing three places stay empty.
+    """
+    if len(numbers) < 2:
+        return np.zeros(len(numbers), dtype=np.int64)
+    distances = np.diff(numbers)
+    steps = np.maximum(np.round(distances / np.median(distances)), 1)
+    return np.concatenate([[0], np.cumsum(steps)]).astype(np.int64)
+
+
+def find_transforms(root: Path) -> list[Path]:
+    """The transforms.json of a folder, or those of its sub-folders in natural order.
+
+    Raises:
+        InputError: there is none.
+    """
+    if (root / "transforms.json").is_file():
+        return [root / "transforms.json"]
+    found = root.glob("*/transforms.json") if root.is_dir() else []
+    files = sorted(found, key=lambda file: natural_key(file.parent.name))
+    if not files:
+        raise InputError(f"--data {root}: no transforms.json there nor in its sub-folders.")
+    return files
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -219,6 +248,58 @@ def split_scenes(names: Sequence[str], split: Split, read: Callable[[str], Scene
     if len(names) == 1:
         return [split_frames(read(names[0]), split)]
     return [read(name) for name in split_names(names, split)]
+
+
+def split_by_lists(
+    root: Path,
+    names: Sequence[str],
+    split: Split,
+    lists: tuple[str, str],
+    read: Callable[[str], Scene],
+    hold_out: Callable[[Sequence[str], Split, Callable[[str], Scene]], list[Scene]] = split_scenes,
+) -> list[Scene]:
+    """Read the scenes of one side of a dataset that may come with lists of its training and validation scenes.
+
+    Without a training list all scenes that are not held out are trained on.
+
+    Args:
+        root: of the dataset.
+        names: of all scenes on disk, sorted.
+        split: which side.
+        lists: files below ``root`` with the names of training and of validation scenes, separated by white space.
+        read: reads a scene.
+        hold_out: splits the scenes if none of the validation list is on disk.
+
+    Raises:
+        InputError: there is nothing to train on, or what ``read`` raises.
+    """
+    train, val = (_listed(names, root / file) for file in lists)
+    if split == "all":
+        return [read(name) for name in names]
+    train = [name for name in train or names if name not in set(val)]
+    if val and not train and split == "train":
+        raise InputError(
+            f"{root}: every scene on disk is listed in {lists[1]}. Add scenes of the training list, or train on "
+            "these with --pipeline.datamanager.all-scenes True."
+        )
+    if val:
+        return [read(name) for name in (train if split == "train" else val)]
+    CONSOLE.log(
+        f"[yellow]{root}: no scene of {lists[1]} is on disk (or there is no such list); the last scenes, or the last "
+        "frames of the only one, are held out instead."
+    )
+    return hold_out(train, split, read)
+
+
+def _listed(names: Sequence[str], file: Path) -> list[str]:
+    """The scenes on disk that a file lists; none without the file."""
+    if not file.is_file():
+        return []
+    listed, on_disk = list(dict.fromkeys(file.read_text(encoding="utf-8").split())), set(names)
+    present = [name for name in listed if name in on_disk]
+    if len(present) < len(listed):
+        CONSOLE.log(f"{file}: {len(listed) - len(present)} of {len(listed)} listed scenes are not on disk.")
+    return present
 
 
 def to_outputs(scenes: Sequence[Scene]) -> DataparserOutputs:

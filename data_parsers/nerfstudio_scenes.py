@@ -17,6 +17,7 @@ from data_parsers.multi_scene import (
     MultiSceneConfig,
     Scene,
     Split,
+    find_transforms,
     natural_key,
     read_cameras,
     read_json,
@@ -52,14 +53,7 @@ class NerfstudioScenes(DataParser):
         Raises:
             InputError: there is no transforms.json, or something in one is wrong.
         """
-        root = self.config.data
-        if (root / "transforms.json").is_file():
-            files = [root / "transforms.json"]
-        else:
-            found = root.glob("*/transforms.json") if root.is_dir() else []
-            files = sorted(found, key=lambda file: natural_key(file.parent.name))
-        if not files:
-            raise InputError(f"--data {root}: no transforms.json there nor in its sub-folders.")
+        files = find_transforms(self.config.data)
         return to_outputs(split_scenes([str(file) for file in files], split, self._read_scene))
 
     def _read_scene(self, transforms: str) -> Scene:

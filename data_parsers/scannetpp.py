@@ -39,7 +39,7 @@ from data_parsers.multi_scene import (
     read_cameras,
     read_json,
     read_poses,
-    split_scenes,
+    split_by_lists,
     to_outputs,
 )
 from snd_nerfstudio.errors import InputError
@@ -98,6 +98,8 @@ class ScanNetppScenes(DataParser):
         if self._is_toolkit_tree():
             return to_outputs(self._scenes_of_split(self._undistorted_scenes(), split))  # type: ignore
         if not folder.is_dir():
+            if root.is_file():
+                raise InputError(f"--data {root} is a file: if it lists datasets, end the command with `scene-list`.")
             raise InputError(
                 f"--data {root}: no folder `scenes` in it. Expected scenes/<scene>/transforms_train.json; for folders "
                 "with a transforms.json end the command with `nerfstudio-scenes`, for other layouts with theirs."
@@ -157,40 +159,9 @@ class ScanNetppScenes(DataParser):
         )
 
     def _scenes_of_split(self, names: list[str], split: Split) -> list[Scene]:
-        train, val = (self._listed(names, file) for file in (TRAIN_LIST, VAL_LIST))
-        if split == "all":
-            return self._read_scenes(names)
-        train = [name for name in train or names if name not in set(val)]
-        if val and not train and split == "train":
-            raise InputError(
-                f"{self.config.data}: every scene on disk is listed in {self._lists}/{VAL_LIST}. Add scenes of the "
-                "training list, or train on these with --pipeline.datamanager.all-scenes True."
-            )
-        if val:
-            return self._read_scenes(train if split == "train" else val)
-        CONSOLE.log(
-            f"[yellow]{self.config.data}: no scene of {self._lists}/{VAL_LIST} is on disk (or there is no such "
-            "list); the last scenes, or the last frames of the only one, are held out instead."
-        )
-        return split_scenes(train, split, self._read_scene)
-
-    def _read_scenes(self, names: list[str]) -> list[Scene]:
-        return [self._read_scene(name) for name in names]
-
-    @property
-    def _lists(self) -> str:
-        """Name of the folder with the split lists."""
-        return "splits" if self._is_toolkit_tree() else "metadata"
-
-    def _listed(self, names: list[str], file: str) -> list[str]:
-        path = self.config.data / self._lists / file
-        if not path.is_file():
-            return []
-        listed = list(dict.fromkeys(path.read_text(encoding="utf-8").split()))
-        present = [name for name in listed if name in set(names)]
-        if len(present) < len(listed):
-            CONSOLE.log(f"{path}: {len(listed) - len(present)} of {len(listed)} listed scenes are not on disk.")
-        return present
+        folder = "splits" if self._is_toolkit_tree() else "metadata"
+        lists = f"{folder}/{TRAIN_LIST}", f"{folder}/{VAL_LIST}"
+        return split_by_lists(self.config.data, names, split, lists, self._read_scene)
 
     def _read_scene(self, name: str) -> Scene:
         files = self._files(name)

@@ -4,12 +4,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int
 from nerfstudio.cameras.cameras import Cameras, CameraType
 from nerfstudio.data.dataparsers.base_dataparser import DataparserOutputs
 from torch.utils.data import Dataset
 
-from data_parsers.any_layout import by_name
+from data_parsers.any_layout import described
 from snd_nerfstudio.errors import InputError
 from snd_nerfstudio.scenes.frames import Frames, load_views
 
@@ -25,15 +24,17 @@ def to_frames(outputs: DataparserOutputs) -> Frames:
     Raises:
         InputError: the cameras are not perspective ones, or there are none.
     """
-    cameras, metadata = outputs.cameras, outputs.metadata
+    cameras = outputs.cameras
     count = len(outputs.image_filenames)
     if count == 0:
         raise InputError("The dataset has no frames.")
-    if not (cameras.camera_type == CameraType.PERSPECTIVE.value).all():
+    perspective = (cameras.camera_type == CameraType.PERSPECTIVE.value).flatten().numpy()
+    if not perspective.all():
         raise InputError(
-            f"The cameras of {outputs.image_filenames[0]} (and others) are not perspective ones: undistort the images "
-            "to pinholes first, e.g. with ns-process-data or the dataset's own tool."
+            f"The cameras of {outputs.image_filenames[int(np.argmin(perspective))]} (and others) are not perspective "
+            "ones: undistort the images to pinholes first, e.g. with ns-process-data or the dataset's own tool."
         )
+    metadata = described(outputs)
     poses = np.tile(np.eye(4), (count, 1, 1))
     poses[:, :3] = cameras.camera_to_worlds.double().numpy()
     intrinsics = np.tile(np.eye(3), (count, 1, 1))
@@ -41,26 +42,19 @@ def to_frames(outputs: DataparserOutputs) -> Frames:
         intrinsics[:, place[0], place[1]] = values.flatten().double().numpy()
     sizes = torch.stack([cameras.height.flatten(), cameras.width.flatten()], dim=1).numpy()
     distortion = None if cameras.distortion_params is None else cameras.distortion_params.double().numpy()
-    unit = float(metadata.get("depth_unit_scale_factor", 1e-3)) * outputs.dataparser_scale
     return Frames(
         image_files=outputs.image_filenames,
         camera_to_worlds=poses @ OPENGL_TO_OPENCV,
         intrinsics=intrinsics,
         sizes=sizes,
-        scene_index=np.asarray(metadata.get("scene_index", np.zeros(count, dtype=np.int64))),
-        frame_order=np.asarray(metadata["frame_order"] if "frame_order" in metadata else _order_of_names(outputs)),
-        scene_names=tuple(metadata.get("scene_names", [outputs.image_filenames[0].parent.name])),
+        scene_index=np.asarray(metadata["scene_index"]),
+        frame_order=np.asarray(metadata["frame_order"]),
+        scene_names=tuple(metadata["scene_names"]),
         distortion=distortion,
-        mask_files=metadata.get("instance_filenames"),
-        depth_files=metadata.get("depth_filenames"),
-        depth_scale=np.asarray(metadata.get("depth_scale", np.full(count, unit)), dtype=np.float64),
+        mask_files=metadata["instance_filenames"],
+        depth_files=metadata["depth_filenames"],
+        depth_scale=np.asarray(metadata["depth_scale"], dtype=np.float64),
     )
-
-
-def _order_of_names(outputs: DataparserOutputs) -> Int[np.ndarray, "frames"]:
-    order = np.empty(len(outputs.image_filenames), dtype=np.int64)
-    order[by_name(outputs)] = np.arange(len(order))
-    return order
 
 
 class SceneImages(Dataset):

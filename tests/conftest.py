@@ -46,6 +46,15 @@ def rooms(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return generate_rooms(RoomsConfig(out=folder, scenes=3, seed=7, height=56, width=84, frames=60))
 
 
+@pytest.fixture(scope="session")
+def packed_rooms(rooms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first 24 frames of each of the `rooms` in RealEstate10K's layout."""
+    from snd_nerfstudio.scenes.rooms import RoomsConfig, generate_rooms
+
+    folder = tmp_path_factory.mktemp("packed") / "rooms"
+    return generate_rooms(RoomsConfig(folder, scenes=3, seed=7, height=56, width=84, frames=24, layout="re10k"))
+
+
 @pytest.fixture
 def clean_writers() -> Iterator[None]:
     """Nerfstudio's event writers are global and accumulate from run to run."""

@@ -18,7 +18,16 @@ def test_the_package_itself_imports_nothing():
 
 
 @pytest.mark.parametrize(
-    "module", ["data_parsers.scannetpp", "data_parsers.nerfstudio_scenes", "snd_nerfstudio.snd_config"]
+    "module",
+    [
+        "data_parsers.scannetpp",
+        "data_parsers.nerfstudio_scenes",
+        "data_parsers.re10k",
+        "data_parsers.scannet",
+        "data_parsers.posed_video",
+        "data_parsers.scene_list",
+        "snd_nerfstudio.snd_config",
+    ],
 )
 def test_each_entry_point_can_be_the_first_import_of_a_process(module):
     run(f"import {module}")
@@ -53,8 +62,9 @@ def test_all_methods_and_dataparsers_are_registered():
 from nerfstudio.configs.method_configs import all_methods
 from nerfstudio.configs.dataparser_configs import all_dataparsers
 print(sorted(m for m in all_methods if m.startswith(("snd", "mvsplat"))))
-print(sorted(d for d in all_dataparsers if d.endswith("-scenes")))
+print(sorted(d for d in all_dataparsers if d.endswith(("-scenes", "scene-list"))))
 """
     methods, dataparsers = run(program).strip().splitlines()[-2:]
     assert methods == "['mvsplat', 'mvsplat-tiny', 'snd', 'snd-base', 'snd-correspondence', 'snd-tiny']"
-    assert dataparsers == "['nerfstudio-scenes', 'scannetpp-scenes']"
+    ours = ["nerfstudio-scenes", "re10k-scenes", "scannet-scenes", "scannetpp-scenes", "scene-list", "video-scenes"]
+    assert dataparsers == str(ours)

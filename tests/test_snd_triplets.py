@@ -9,6 +9,7 @@ from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataPars
 from PIL import Image
 
 from data_parsers.nerfstudio_scenes import NerfstudioScenesConfig
+from data_parsers.re10k import Re10kScenesConfig
 from snd_nerfstudio.errors import InputError
 from snd_nerfstudio.profiles import resolve
 from snd_nerfstudio.scenes.frames import load_views
@@ -157,6 +158,34 @@ def test_a_dataset_that_cannot_be_written_to_names_the_flag(capture):
     (capture / ".snd_masks").write_text("in the way")
     with pytest.raises(InputError, match="--pipeline.datamanager.mask-cache"):
         manager(capture, dataparser=NerfstudioScenesConfig(), masks="superpixel")
+
+
+def test_chunks_give_the_triplets_that_the_same_frames_give_as_files(rooms, packed_rooms, tmp_path):
+    data = manager(packed_rooms, dataparser=Re10kScenesConfig(), masks="none")
+    assert [data.train_frames.scene_names, data.eval_frames.scene_names] == [("room_0000", "room_0001"), ("room_0002",)]
+    files = manager(rooms, masks="none").train_frames
+    for step in range(3):
+        (triplet,) = data.next_train(step)
+        number = int(triplet.scene[-1])
+        for views in (triplet.context, triplet.target):
+            places = [60 * number + int(Path(name).stem) for name in views.names]
+            same = load_views(files, places, (56, 84), with_masks=False, with_depth=False)
+            assert torch.equal(views.images, same.images)
+            torch.testing.assert_close(views.camera_to_worlds, same.camera_to_worlds, rtol=0, atol=2e-6)
+            torch.testing.assert_close(views.intrinsics, same.intrinsics)
+    assert data.eval_triplet(0).scene == "room_0002" and not data.train_frames.has_depth
+
+
+def test_frames_in_chunks_are_given_superpixels(packed_rooms, tmp_path):
+    settings = {"dataparser": Re10kScenesConfig(), "masks": "superpixel", "mask_cache": tmp_path / "masks"}
+    data = manager(packed_rooms, **settings)
+    (triplet,) = data.next_train(0)
+    assert 50 < triplet.target.masks.max() < 250 and triplet.target.masks.min() == 1
+    again = manager(packed_rooms, **settings)
+    assert torch.equal(again.next_train(0)[0].context.masks, triplet.context.masks)
+    assert again.mask_maker.cache.statistics.found >= 3
+    with pytest.raises(InputError, match="--pipeline.datamanager.masks superpixel"):
+        manager(packed_rooms, dataparser=Re10kScenesConfig())
 
 
 def test_any_other_dataparser_is_one_scene_whose_depth_follows_its_scaling(capture):

@@ -11,12 +11,15 @@ from jaxtyping import Float, Int, Integer, Shaped, UInt8
 from PIL import Image, UnidentifiedImageError
 
 from snd_nerfstudio.errors import BrokenFileError
+from snd_nerfstudio.scenes.image_files import open_bytes
 from snd_nerfstudio.scenes.saved_ids import read_saved_ids
 
 UNREADABLE = (UnidentifiedImageError, Image.DecompressionBombError, OSError, EOFError, SyntaxError, ValueError)
 """What Pillow and numpy raise on files that are not what they should be."""
 SAVED_IDS = ".pth"
 """Ending of instance ids that ScanNet++'s toolkit saves with torch."""
+SHAPE_TOLERANCE = 5e-3
+"""How much the aspect ratios of a depth map and its image may differ: ScanNet's 640x480 and 1296x968 do by 0.4 %."""
 MASK_MODES = ("L", "P", "I", "I;16", "I;16B", "1")
 REDUCTIONS = (8, 4, 2)
 """By which JPEG's cosine transform can be decoded at a smaller size."""
@@ -49,12 +52,14 @@ def read_image(file: Path, at_least: tuple[int, int]) -> DecodedImage:
         BrokenFileError: the file is missing or cannot be decoded.
     """
     try:
-        with Image.open(file) as image:
+        with open_bytes(file) as stream, Image.open(stream) as image:
             width, height = image.size
             reduction = _reduction((height, width), at_least) if image.format == "JPEG" else 1
             if reduction > 1:
                 image.draft(None, (width // reduction, height // reduction))
             pixels = np.asarray(image.convert("RGB"))
+    except BrokenFileError:
+        raise
     except FileNotFoundError as error:
         raise BrokenFileError(f"Image {file} does not exist.") from error
     except UNREADABLE as error:
@@ -83,8 +88,10 @@ def header_size(file: Path, kind: str) -> tuple[int, int]:
         if file.suffix == ".npy":
             height, width = np.load(file, mmap_mode="r", allow_pickle=False).shape[:2]
             return height, width
-        with Image.open(file) as image:
+        with open_bytes(file) as stream, Image.open(stream) as image:
             return image.height, image.width
+    except BrokenFileError:
+        raise
     except UNREADABLE as error:
         raise BrokenFileError(f"{kind} {file} cannot be decoded ({error}): restore it or remove the frame.") from error
 
@@ -152,7 +159,8 @@ def read_depth(file: Path, unit: float, image_size: tuple[int, int]) -> Float[np
     if depth.ndim != 2:
         raise BrokenFileError(f"Depth map {file} has shape {depth.shape}: it must have one channel.")
     height, width = image_size
-    if abs(depth.shape[0] * width - depth.shape[1] * height) > max(height, width):
+    difference = abs(depth.shape[0] * width - depth.shape[1] * height)
+    if difference > max(height, width, SHAPE_TOLERANCE * depth.shape[0] * width):
         raise BrokenFileError(
             f"Depth map {file} has {depth.shape[1]}x{depth.shape[0]} pixels, another shape than its image "
             f"({width}x{height}): depth must be registered to the image."

@@ -9,6 +9,8 @@ from typing import Optional, SupportsIndex, Union, overload
 import numpy as np
 from jaxtyping import Bool, Int
 
+from snd_nerfstudio.scenes.chunks import is_packed, packed_names
+
 NO_FILE = -1
 
 
@@ -114,7 +116,11 @@ class FileList(Sequence[Optional[Path]]):
         return os.path.join(self._folders[folder], os.fsdecode(self._names[start : int(self._ends[place])]))
 
     def exist(self) -> Bool[np.ndarray, "n"]:
-        """Whether each file is on disk; every folder is listed once, which is far quicker than a look at each file."""
+        """Whether each file is on disk; every folder is listed once, which is far quicker than a look at each file.
+
+        Raises:
+            InputError: a chunk that files are in is damaged.
+        """
         present = np.zeros(len(self), dtype=bool)
         order = np.argsort(self._folder_of, kind="stable")
         listed: dict[str, frozenset[bytes]] = {}
@@ -131,7 +137,10 @@ class FileList(Sequence[Optional[Path]]):
 
 
 def _files_in(folder: str) -> frozenset[bytes]:
-    """Names of the files in a folder; none if it cannot be listed."""
+    """Names of the files in a folder, or of the images of a scene in a chunk; none if it cannot be listed."""
+    place = Path(folder)
+    if is_packed(place / "image"):
+        return packed_names(place)
     try:
         with os.scandir(os.fsencode(folder or ".")) as entries:
             return frozenset(entry.name for entry in entries if entry.is_file())

@@ -2,14 +2,16 @@
 
 import hashlib
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Optional
 
 import numpy as np
 
-from snd_nerfstudio.checksums import sha256
+from snd_nerfstudio.checksums import sha256_of
 from snd_nerfstudio.scenes.file_list import FileList
 from snd_nerfstudio.scenes.frames import Frames
+from snd_nerfstudio.scenes.image_files import open_bytes
 
 FILES_HASHED = 64
 """Files of each kind, evenly spread, of which the content counts; of the others name and place do."""
@@ -25,7 +27,8 @@ def dataset_fingerprint(frames: Frames, root: Path) -> str:
         root: its folder; file names count as seen from there.
 
     Raises:
-        OSError: a file cannot be read.
+        OSError: a file that is there cannot be read.
+        BrokenFileError: a chunk of images is damaged.
     """
     digest = hashlib.sha256()
     for name in ("camera_to_worlds", "intrinsics", "sizes", "scene_index", "frame_order", "distortion", "depth_scale"):
@@ -45,8 +48,10 @@ def dataset_fingerprint(frames: Frames, root: Path) -> str:
             digest.update(_name(text, base))
         for index in np.unique(np.linspace(0, len(files) - 1, FILES_HASHED).round().astype(int)).tolist():
             file = files[index]
-            if file is not None and file.is_file():
-                digest.update(sha256(file).encode())
+            with suppress(FileNotFoundError):
+                if file is not None:
+                    with open_bytes(file) as stream:
+                        digest.update(sha256_of(stream).encode())
     return digest.hexdigest()
 
 

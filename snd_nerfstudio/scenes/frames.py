@@ -12,7 +12,7 @@ import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Int, Shaped, UInt8
 
-from snd_nerfstudio.checksums import sha256
+from snd_nerfstudio.checksums import sha256_of
 from snd_nerfstudio.errors import BrokenFileError, InputError
 from snd_nerfstudio.scenes.decoding import (
     SAVED_IDS,
@@ -26,6 +26,7 @@ from snd_nerfstudio.scenes.decoding import (
 )
 from snd_nerfstudio.scenes.file_list import FileList
 from snd_nerfstudio.scenes.frame_cache import FrameCache
+from snd_nerfstudio.scenes.image_files import open_bytes
 from snd_nerfstudio.scenes.lenses import Lens
 from snd_nerfstudio.scenes.masks.maker import FramePixels, MaskMaker, MaskOrigin
 from snd_nerfstudio.scenes.views import Views
@@ -317,7 +318,8 @@ def _image_at(
         height, width = _stored_size(frames, index)
         camera = (float(height), float(width), *(() if lens is None else (*lens.matrix, *lens.distortion)))
         try:
-            key = cache.key(sha256(file), size, camera)
+            with open_bytes(file) as stream:
+                key = cache.key(sha256_of(stream), size, camera)
         except OSError as error:
             raise BrokenFileError(f"Image {file} cannot be read ({error.strerror}).") from error
         found = cache.get(key, size)

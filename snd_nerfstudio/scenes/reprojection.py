@@ -6,6 +6,7 @@ right even where the poses are wrong.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Optional
 
 import numpy as np
@@ -15,6 +16,7 @@ from PIL import Image
 from snd_nerfstudio.errors import InputError
 from snd_nerfstudio.scenes.decoding import UNREADABLE
 from snd_nerfstudio.scenes.frames import Frames, load_depth
+from snd_nerfstudio.scenes.image_files import open_bytes
 
 LONGEST_SIDE = 640
 """Pixels of the images that features are found in."""
@@ -75,16 +77,18 @@ class Matches:
         return float(np.median(np.linalg.norm(self.points[1] - self.points[0], axis=1))) if len(self) else 0.0
 
 
-def read_picture(file: Any, longest: int = LONGEST_SIDE) -> Image.Image:
+def read_picture(file: Path, longest: int = LONGEST_SIDE) -> Image.Image:
     """An image in colour, its longest side no longer than so many pixels.
 
     Raises:
         InputError: it cannot be decoded.
     """
     try:
-        with Image.open(file) as image:
+        with open_bytes(file) as stream, Image.open(stream) as image:
             image.draft("RGB", (longest, longest))
             picture = image.convert("RGB")
+    except InputError:
+        raise
     except FileNotFoundError as error:
         raise InputError(f"Image {file} does not exist: restore it or remove the frame.") from error
     except UNREADABLE as error:

@@ -11,6 +11,7 @@ from jaxtyping import Int
 from snd_nerfstudio.errors import InputError
 from snd_nerfstudio.scenes.decoding import UNREADABLE, read_mask
 from snd_nerfstudio.scenes.frames import Frames, load_depth
+from snd_nerfstudio.scenes.image_files import open_bytes
 from snd_nerfstudio.scenes.mistakes import Verdict
 from snd_nerfstudio.scenes.overlap import overlap_matrix, scene_geometry
 
@@ -170,8 +171,10 @@ def mend_sizes(frames: Frames, indices: Int[np.ndarray, "n"], looked_at: int = 1
     factors = []
     for index in few.tolist():
         try:
-            with Image.open(frames.image_files[index]) as image:
+            with open_bytes(frames.image_files[index]) as stream, Image.open(stream) as image:
                 stored = np.array([image.height, image.width])
+        except InputError:
+            raise
         except UNREADABLE as error:
             raise InputError(
                 f"Image {frames.image_files[index]} cannot be decoded ({error}): restore it or remove the frame."

@@ -77,6 +77,21 @@ def test_depth_in_other_units_and_as_an_array(frames, tmp_path):
     assert (depths[:, 10:] == 0).all() and (depths[:, :10, 15:] == 0).all()  # no value
 
 
+def test_depth_may_be_of_nearly_its_images_shape_as_scannets_is(frames, tmp_path):
+    def depth_of(depth_size, image_size):
+        """Whether a depth map of such a height and width goes with an image."""
+        Image.fromarray(np.zeros(image_size, np.uint8)).convert("RGB").save(tmp_path / "i.png")
+        Image.fromarray(np.full(depth_size, 1500, np.uint16)).save(tmp_path / "d.png")
+        files = {"image_files": [tmp_path / "i.png"] * 2, "depth_files": [tmp_path / "d.png"] * 2}
+        other = replace(frames, **files, sizes=np.array([image_size] * 2))
+        return load_views(other, [0], (20, 30), with_masks=False, with_depth=True).depths
+
+    assert np.allclose(depth_of((480, 640), (968, 1296)), 1.5)  # 1.3333 and 1.3388: 0.4 %
+    assert np.allclose(depth_of((10, 15), (20, 31)), 1.5)  # a pixel more or less, of rounding
+    with pytest.raises(InputError, match="640x480 pixels, another shape than its image .1296x956.: depth must be reg"):
+        depth_of((480, 640), (956, 1296))  # 1.7 %
+
+
 def test_lens_distortion_is_removed(tmp_path):
     # a straight vertical line bends under barrel distortion and must be straight again afterwards
     import cv2

@@ -379,3 +379,55 @@ def test_every_vertex_of_the_toolkit_layout_belongs_to_a_segment_of_its_instance
     assert (found[room.faces] == room.face_instance[:, None]).all()
     assert {group["objectId"]: group["label"] for group in groups} == room.instance_labels
     assert len(owner) > len(groups)
+
+
+@needs_open3d
+def test_the_re10k_layout_packs_the_same_images_and_cameras(tree, tmp_path):
+    import torch
+
+    root = generate_rooms(small(tmp_path / "re10k", layout="re10k"))
+    assert sorted(contents(root)) == [
+        *("metadata/rooms.json", "test/000000.torch", "test/index.json", "train/000000.torch", "train/index.json")
+    ]
+    for side, name in (("train", "room_0000"), ("test", "room_0001")):
+        assert json.loads((root / side / "index.json").read_text()) == {name: "000000.torch"}
+        (scene,) = torch.load(root / side / "000000.torch", weights_only=True)
+        assert scene["key"] == name and scene["timestamps"].tolist() == [0, 33_333, 66_666, 100_000]
+        own = json.loads((tree / "scenes" / name / "transforms_train.json").read_text())
+        fx, fy = own["fl_x"] / WIDTH, own["fl_y"] / HEIGHT
+        assert scene["cameras"].dtype == torch.float32 and scene["cameras"].shape == (FRAMES, 18)
+        for camera, image, frame in zip(scene["cameras"], scene["images"], own["frames"], strict=True):
+            assert image.dtype == torch.uint8
+            assert bytes(image.tolist()) == (tree / "scenes" / name / "images" / frame["file_path"]).read_bytes()
+            assert camera[:6].tolist() == pytest.approx([fx, fy, 0.5, 0.5, 0.0, 0.0], rel=1e-6)
+            world_to_camera = np.eye(4)
+            world_to_camera[:3] = camera[6:].reshape(3, 4)
+            pose = opencv_from_stored(np.array(frame["transform_matrix"]))
+            assert np.abs(world_to_camera @ pose - np.eye(4)).max() < 1e-6
+
+
+@needs_open3d
+def test_an_interrupted_run_of_the_re10k_layout_keeps_its_chunks_and_is_resumed(tmp_path, monkeypatch):
+    from snd_nerfstudio.scenes.rooms import re10k_layout
+
+    monkeypatch.setattr(re10k_layout, "SCENES_PER_CHUNK", 2)
+    config = small(tmp_path / "resumed", scenes=5, frames=1, layout="re10k")
+    whole = generate_rooms(small(tmp_path / "whole", scenes=5, frames=1, layout="re10k"))
+    original, calls = re10k_layout.jpeg, []
+
+    def interrupted(image):
+        calls.append(image)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return original(image)
+
+    monkeypatch.setattr(re10k_layout, "jpeg", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        generate_rooms(config)
+    assert [file.name for file in (config.out / "train").iterdir()] == ["000000.torch"]
+    generate_rooms(config)
+    assert len(calls) == 4 + 3  # two of the second chunk again, and the one for validation
+    assert contents(config.out) == contents(whole)
+    names = {"room_0000": "000000.torch", "room_0001": "000000.torch"}
+    names |= {"room_0002": "000001.torch", "room_0003": "000001.torch"}
+    assert json.loads((whole / "train" / "index.json").read_text()) == names

@@ -11,8 +11,9 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
-from snd_nerfstudio.checksums import sha256
+from snd_nerfstudio.checksums import sha256, sha256_of
 from snd_nerfstudio.errors import InputError
+from snd_nerfstudio.scenes.image_files import open_bytes
 from snd_nerfstudio.scenes.masks.cache import MaskCache
 from snd_nerfstudio.scenes.masks.sam import SamSegmenter, SamSettings
 from snd_nerfstudio.scenes.masks.superpixels import SuperpixelSegmenter, SuperpixelSettings
@@ -85,7 +86,8 @@ class MaskMaker:
         """
         try:
             depth = None if origin.depth_file is None else sha256(origin.depth_file)
-            image = sha256(origin.image_file)
+            with open_bytes(origin.image_file) as stream:
+                image = sha256_of(stream)
         except OSError as error:
             raise InputError(f"{error.filename} cannot be read ({error}): restore it or remove the frame.") from error
         described = [self.cache.settings_key, image, origin.size, depth, origin.camera]

@@ -14,12 +14,14 @@
     scenes/<scene>/mesh.ply                                 the mesh, metres, z up
 
 The same arguments give the same bytes. With layout `toolkit` the same rooms and poses are written as the ScanNet++
-toolkit has them: data/<scene>/ as in `toolkit_layout`, splits/nvs_sem_train.txt, nvs_sem_val.txt, and metadata/.
+toolkit has them: data/<scene>/ as in `toolkit_layout`, splits/nvs_sem_train.txt, nvs_sem_val.txt, and metadata/. With
+layout `re10k` the same images and cameras are written as chunks: train/ and test/ as in `re10k_layout`, and metadata/.
 """
 
 import json
 import os
 import shutil
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +32,7 @@ from jaxtyping import Float
 from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from snd_nerfstudio.scenes.rooms import toolkit_layout
+from snd_nerfstudio.scenes.rooms import re10k_layout, toolkit_layout
 from snd_nerfstudio.scenes.rooms.cameras import pinhole, stored_from_opencv
 from snd_nerfstudio.scenes.rooms.furniture import CLASSES
 from snd_nerfstudio.scenes.rooms.layout import Room, RoomsError, build_room
@@ -59,8 +61,9 @@ class RoomsConfig:
     val_scenes: Optional[int] = None
     """How many of the last rooms are for validation; by default a fifth, at least one if there are two rooms."""
 
-    layout: Literal["snd", "toolkit"] = "snd"
-    """`snd`: what training reads. `toolkit`: ScanNet++ as downloaded, with fisheye images of the same rooms."""
+    layout: Literal["snd", "toolkit", "re10k"] = "snd"
+    """`snd`: what training reads. `toolkit`: ScanNet++ as downloaded, with fisheye images of the same rooms. `re10k`:
+    chunks as of RealEstate10K, with images and cameras alone."""
 
     def resolved_val_scenes(self) -> int:
         """The number of validation scenes, with the default filled in."""
@@ -220,13 +223,7 @@ def _write_scene(folder: Path, index: int, config: RoomsConfig, progress: Progre
         view = render_view(room, pose, intrinsics, config.height, config.width)
         _write_view(partial, names[frame], view, pose)
 
-    pool = ThreadPoolExecutor(min(4, os.cpu_count() or 1))
-    try:
-        for _ in pool.map(write_frame, range(config.frames)):
-            progress.advance(task)
-    finally:
-        # After an error or Ctrl-C the frames that have not begun are dropped.
-        pool.shutdown(cancel_futures=True)
+    _for_frames(write_frame, config.frames, progress, task)
     if toolkit:
         _write_mesh(partial / "scans" / "mesh_aligned_0.05.ply", room)
         toolkit_layout.write_annotations(partial, room)
@@ -236,6 +233,73 @@ def _write_scene(folder: Path, index: int, config: RoomsConfig, progress: Progre
         content = _transforms(room, config.height, config.width)
         (partial / "transforms_train.json").write_text(json.dumps(content, indent=1))
     os.replace(partial, folder)
+
+
+def _for_frames(work: Callable[[int], Any], frames: int, progress: Progress, task: Any) -> list[Any]:
+    """What some work gives for each frame of a scene."""
+    pool, done = ThreadPoolExecutor(min(4, os.cpu_count() or 1)), []
+    try:
+        for result in pool.map(work, range(frames)):
+            done.append(result)
+            progress.advance(task)
+    finally:
+        # After an error or Ctrl-C the frames that have not begun are dropped.
+        pool.shutdown(cancel_futures=True)
+    return done
+
+
+def _write_tree(config: RoomsConfig, names: Sequence[str], progress: Progress, task: Any) -> None:
+    """A folder for each scene, and the lists of those for training and validation."""
+    config.scenes_folder().mkdir(exist_ok=True)
+    config.lists_folder().mkdir(exist_ok=True)
+    for index, name in enumerate(names):
+        progress.update(task, description=name)
+        if (config.scenes_folder() / name).exists():
+            progress.advance(task, config.frames)
+        else:
+            _write_scene(config.scenes_folder() / name, index, config, progress, task)
+    split = config.scenes - config.resolved_val_scenes()
+    _write_text(Path(config.out) / "metadata" / "semantic_classes.txt", "".join(f"{name}\n" for name in CLASSES))
+    _write_text(config.lists_folder() / "nvs_sem_train.txt", "".join(f"{name}\n" for name in names[:split]))
+    _write_text(config.lists_folder() / "nvs_sem_val.txt", "".join(f"{name}\n" for name in names[split:]))
+
+
+def _write_chunks(config: RoomsConfig, names: Sequence[str], progress: Progress, task: Any) -> None:
+    """The scenes for training and for validation as chunks, each of which appears only when it is complete."""
+    split = config.scenes - config.resolved_val_scenes()
+    out, partial = Path(config.out), Path(config.out) / ".partial"
+    partial.mkdir(exist_ok=True)
+    for side, members in (("train", range(split)), ("test", range(split, config.scenes))):
+        listed: dict[str, str] = {}
+        for first in range(0, len(members), re10k_layout.SCENES_PER_CHUNK):
+            within = members[first : first + re10k_layout.SCENES_PER_CHUNK]
+            file = out / side / f"{first // re10k_layout.SCENES_PER_CHUNK:06d}.torch"
+            listed.update({names[index]: file.name for index in within})
+            if file.exists():
+                progress.advance(task, len(within) * config.frames)
+                continue
+            scenes = []
+            for index in within:
+                progress.update(task, description=names[index])
+                scenes.append(_packed_room(names[index], index, config, progress, task))
+            re10k_layout.write_chunk(partial / file.name, scenes)
+            file.parent.mkdir(exist_ok=True)
+            os.replace(partial / file.name, file)
+        if listed:
+            _write_text(out / side / "index.json", json.dumps(listed, indent=1) + "\n")
+
+
+def _packed_room(name: str, index: int, config: RoomsConfig, progress: Progress, task: Any) -> dict[str, Any]:
+    """Renders one scene as an entry of a chunk."""
+    room = build_room(config.seed, index, config.frames)
+    intrinsics = pinhole(config.height, config.width)
+
+    def rendered(frame: int) -> bytes:
+        view = render_view(room, room.camera_to_worlds[frame], intrinsics, config.height, config.width)
+        return re10k_layout.jpeg(view.image)
+
+    images = _for_frames(rendered, config.frames, progress, task)
+    return re10k_layout.packed_scene(name, room, images, config.height, config.width)
 
 
 def generate_rooms(config: RoomsConfig) -> Path:
@@ -256,21 +320,11 @@ def generate_rooms(config: RoomsConfig) -> Path:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("views"))
     try:
         _claim(out, config)
-        config.scenes_folder().mkdir(exist_ok=True)
-        config.lists_folder().mkdir(exist_ok=True)
         with Progress(*columns, TimeRemainingColumn()) as progress:
             task = progress.add_task("Rooms", total=config.scenes * config.frames)
-            for index, name in enumerate(names):
-                progress.update(task, description=name)
-                if (config.scenes_folder() / name).exists():
-                    progress.advance(task, config.frames)
-                else:
-                    _write_scene(config.scenes_folder() / name, index, config, progress, task)
+            write = _write_chunks if config.layout == "re10k" else _write_tree
+            write(config, names, progress, task)
         shutil.rmtree(out / ".partial", ignore_errors=True)
-        split = config.scenes - config.resolved_val_scenes()
-        _write_text(out / "metadata" / "semantic_classes.txt", "".join(f"{name}\n" for name in CLASSES))
-        _write_text(config.lists_folder() / "nvs_sem_train.txt", "".join(f"{name}\n" for name in names[:split]))
-        _write_text(config.lists_folder() / "nvs_sem_val.txt", "".join(f"{name}\n" for name in names[split:]))
     except OSError as error:
         raise RoomsError(f"Cannot write rooms to {out}: {error}. Choose an --out that can be written.") from error
     return out
