@@ -1,6 +1,5 @@
 """Training and test images with the labels of one task, as tensors; which of them a step sees."""
 
-import dataclasses
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Optional
@@ -21,7 +20,7 @@ depth; or ``labels`` [b, H, W] of classes."""
 
 
 def windowed(dataset: ProbeDataset, index: int) -> ProbeSample:
-    """A sample, cut to the dataset's window.
+    """A sample with the maps that its task needs and no others, cut to the dataset's window.
 
     Raises:
         InputError: it lacks what its task needs, or cannot be read.
@@ -34,15 +33,11 @@ def windowed(dataset: ProbeDataset, index: int) -> ProbeSample:
             f"Sample {sample.name} of {dataset.name} has no {missing[0]}, which the {dataset.task} probe needs: "
             "restore its files."
         )
-    if dataset.window is None:
-        return sample
-    top, bottom, left, right = dataset.window
-    cut = {
-        entry.name: getattr(sample, entry.name)[top:bottom, left:right]
-        for entry in dataclasses.fields(sample)
-        if isinstance(getattr(sample, entry.name), np.ndarray)
-    }
-    return dataclasses.replace(sample, **cut)
+    kept = {kind: getattr(sample, kind) for kind in ("image", *needed)}
+    if dataset.window is not None:
+        top, bottom, left, right = dataset.window
+        kept = {kind: array[top:bottom, left:right] for kind, array in kept.items()}
+    return ProbeSample(sample.name, **kept)
 
 
 def image_tensor(image: UInt8[np.ndarray, "H W 3"]) -> UInt8[Tensor, "3 H W"]:

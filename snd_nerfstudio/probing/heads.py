@@ -91,11 +91,12 @@ class DepthHead(LinearHead):
         ``p_k = (relu(x_k) + 0.1) / sum_j (relu(x_j) + 0.1)`` and ``depth = sum_k p_k bin_k`` of the enlarged logits
         ``x``. This is not linear, so it comes after the enlarging.
         """
-        # numerator and denominator in one product, and what is added to every logit afterwards: half the time
+        # numerator and denominator in one product, and what is added to every logit afterwards: half the time. Bins
+        # stay last in memory, as `forward` leaves them: a gradient in another order than its logits costs twice that
         sums = torch.stack([self.bins, torch.ones_like(self.bins)])
         rectified = F.relu(upsample(logits), inplace=True)
-        both = torch.einsum("sk,bkn->bsn", sums, rectified.flatten(2)) + FLOOR * sums.sum(dim=1)[:, None]
-        return (both[:, :1] / both[:, 1:]).unflatten(2, rectified.shape[2:])
+        both = rectified.flatten(2).transpose(1, 2) @ sums.T + FLOOR * sums.sum(dim=1)
+        return (both[..., 0] / both[..., 1]).view(len(logits), 1, *rectified.shape[2:])
 
     def at_pixels(
         self, logits: Float[Tensor, "b k h w"], size: tuple[int, int], padding: Padding, pad_crop: PadCrop

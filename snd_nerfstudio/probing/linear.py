@@ -346,7 +346,7 @@ def _test(
         labels = None if cached is None else cached.test_labels
         found = evaluate(model, [entry.head for entry in group], objective, stores, labels, device, progress)
         for entry, scores in zip(group, found, strict=True):
-            entry.curve.append({"iteration": iteration, "loss": entry.losses / max(entry.steps, 1), **scores})
+            entry.curve.append({"iteration": float(iteration), "loss": entry.losses / max(entry.steps, 1), **scores})
             entry.losses, entry.steps = 0.0, 0
 
 

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, Generic, Literal, Protocol, TypeVar
+from typing import Any, Generic, Literal, Protocol, TypeVar, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,7 @@ Variant = dict[str, Any]
 """What tells the heads of one model apart: ``lr``, ``repeat``, and ``head_norm`` in segmentation."""
 
 
+@runtime_checkable
 class Scores(Protocol):
     """Collects the errors of a test set."""
 

@@ -10,6 +10,7 @@ from snd_nerfstudio.probing.datasets import open_dataset
 from snd_nerfstudio.probing.examples import image_tensor
 from snd_nerfstudio.probing.features import FeatureSettings, encode
 from snd_nerfstudio.probing.models import ProbeModel
+from snd_nerfstudio.probing.samples import ProbeSample
 from snd_nerfstudio.probing.token_store import CachePlace, label_store, stored_arrays, token_store
 from tests.probing.backbones import KnownMaps, fewer, tiny_model
 
@@ -119,10 +120,14 @@ def test_images_of_several_sizes_are_refused(rooms):
     class Mixed(type(dataset)):
         def __getitem__(self, index):
             sample = super().__getitem__(index)
-            return dataclasses.replace(sample, image=sample.image[index:], depth=sample.depth[index:])
+            return ProbeSample(sample.name, sample.image[index:], depth=sample.depth[index:])
 
     mixed = Mixed(dataset.request, dataset.entries, dataset.rules)
-    for store in (lambda: token_store(tiny_model(), mixed, SETTINGS, CachePlace()), lambda: label_store(mixed, CachePlace())):
+    stores = (
+        lambda: token_store(tiny_model(), mixed, SETTINGS, CachePlace()),
+        lambda: label_store(mixed, CachePlace()),
+    )
+    for store in stores:
         with pytest.raises(InputError, match=r"differ in size \(room_0000/DSC00021: 84x55, the first one: 84x56\)"):
             store()
 
