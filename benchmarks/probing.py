@@ -156,7 +156,9 @@ def measure(config: ProbingBenchmark) -> dict[str, Any]:
             rooms = generate_rooms(made)
         results: dict[str, Any] = {
             "machine": machine(),
-            "settings": {key: str(value) if isinstance(value, Path) else value for key, value in asdict(config).items()},
+            "settings": {
+                key: str(value) if isinstance(value, Path) else value for key, value in asdict(config).items()
+            },
         }
         results["batches"] = {str(batch): measure_batch(config, model, batch, rooms) for batch in config.batch}
     results["ratios"] = {
@@ -170,8 +172,8 @@ def show(config: ProbingBenchmark, results: dict[str, Any]) -> None:
     """Print the numbers."""
     print(described(results["machine"]))
     print(
-        f"{config.backbone}, {config.height} x {config.width}, depth probe; milliseconds per step, {config.rounds} runs "
-        "each in turns; medians with quartiles"
+        f"{config.backbone}, {config.height} x {config.width}, depth probe; milliseconds per step, {config.rounds} "
+        "runs each in turns; medians with quartiles"
     )
     rows = []
     for batch, found in results["batches"].items():

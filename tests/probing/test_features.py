@@ -72,7 +72,9 @@ def test_bytes_and_colours_are_the_same():
 def test_two_transformers_give_patches_side_by_side_and_the_originals_class_token():
     model, x = ProbeModel.from_backbone("both", concatenated()), images(56, 70)
     found = encode(model, x, FeatureSettings(norm=False, class_token=True))
-    original, tuned = (b.tokens(x.float() / 255, -1, False) for b in (model.backbone.original, model.backbone.fine_tuned))
+    original, tuned = (
+        b.tokens(x.float() / 255, -1, False) for b in (model.backbone.original, model.backbone.fine_tuned)
+    )
     torch.testing.assert_close(found.tokens, torch.cat([original.patches, tuned.patches], dim=-1))
     torch.testing.assert_close(found.class_token, original.class_token)
     assert not torch.allclose(original.class_token, tuned.class_token)

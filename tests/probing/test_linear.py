@@ -57,16 +57,19 @@ def test_perfect_features_give_nearly_no_depth_error_and_noise_no_more_than_a_co
     for dataset in data:
         dataset.window = (14, 42, 14, 56)  # a quarter of the time
     models = [knowing(data, camera_coordinates, 2, "known"), knowing(data, camera_coordinates, 2, "noise", noise=True)]
-    settings = dataclasses.replace(DepthProbe.smoke(), iterations=120, batch=2, lr=0.1, features=PLAIN)
+    settings = dataclasses.replace(DepthProbe.smoke(), iterations=300, batch=2, lr=0.3, features=PLAIN, clip=None)
     known, noise = (row.last for row in run_linear(models, *data, settings, tmp_path))
     measured, seen = ([torch.from_numpy(windowed(d, i).depth) for i in range(len(d))] for d in data[::-1])
     trained = torch.cat([depth.flatten() for depth in seen])
     middle = float(trained[trained > 0].log().mean().exp())
     constant = [depth_errors(torch.full_like(depth, middle), depth, 1e-3, 10.0)["abs_rel"] for depth in measured]
     chance = sum(constant) / len(constant)
-    # tokens are means over 2 x 2 pixels, which blurs edges
-    assert known["abs_rel"] < 0.03 and known["d1"] > 0.98
-    assert chance > 0.2 and noise["abs_rel"] == pytest.approx(chance, rel=0.25)
+    # tokens are means over 2 x 2 pixels, which blurs edges: no head can undo that
+    blurred = [F.interpolate(F.avg_pool2d(depth[None, None], 2), scale_factor=4, mode="bilinear") for depth in measured]
+    blurred = [F.interpolate(depth, size=(28, 42), mode="bilinear")[0, 0] for depth in blurred]
+    least = [depth_errors(*both, 1e-3, 10.0)["abs_rel"] for both in zip(blurred, measured, strict=True)]
+    assert known["abs_rel"] < sum(least) / len(least) + 0.01 < 0.04 and known["d1"] > 0.97
+    assert chance > 0.15 and noise["abs_rel"] == pytest.approx(chance, rel=0.25)
 
 
 def test_normals_as_features_are_found_and_so_are_classes(rooms, tmp_path):
@@ -74,7 +77,7 @@ def test_normals_as_features_are_found_and_so_are_classes(rooms, tmp_path):
     model = knowing(data, lambda sample: sample.normals, 2, "normals")
     settings = dataclasses.replace(NormalsProbe.smoke(), iterations=150, batch=4, lr=0.05, features=PLAIN)
     (row,) = run_linear([model], *data, settings, tmp_path / "normals")
-    assert row.last["median"] < 3 and row.last["d3"] > 0.95
+    assert row.last["median"] < 2 and row.last["d3"] > 0.8  # edges are blurred
     assert row.last["depth/median"] == row.last["median"]  # all of a room's pixels have normals
     data = pair(rooms, "segmentation")
     count = len(data[0].classes)
@@ -256,7 +259,9 @@ def test_normals_are_judged_in_the_datasets_window_under_each_mask(rooms):
         cosine = -data[1][index].normals[:28, 14:70, 2].astype(np.float64)
         angle = np.degrees(np.arccos(cosine)).ravel()
         medians.append(np.median(angle))
-        rmse.append([math.sqrt((angle**2).mean()), math.sqrt(((angle**2).sum() + len(angle) * 90.0**2) / 2 / len(angle))])
+        rmse.append(
+            [math.sqrt((angle**2).mean()), math.sqrt(((angle**2).sum() + len(angle) * 90.0**2) / 2 / len(angle))]
+        )
     assert found["median"] == pytest.approx(np.mean(medians), abs=1e-3)
     assert found["rmse"] == pytest.approx(np.mean(rmse, axis=0)[0], abs=1e-3)
     assert found["depth/rmse"] == pytest.approx(np.mean(rmse, axis=0)[1], abs=1e-3)

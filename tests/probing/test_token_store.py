@@ -25,7 +25,8 @@ def opened(rooms, task="depth", every=20):
 def test_tokens_are_the_models_to_half_precision(rooms, tmp_path, mirrored):
     model, dataset = tiny_model(), opened(rooms)
     stores = [
-        token_store(model, dataset, SETTINGS, place, mirrored=mirrored) for place in (CachePlace(), CachePlace(tmp_path))
+        token_store(model, dataset, SETTINGS, place, mirrored=mirrored)
+        for place in (CachePlace(), CachePlace(tmp_path))
     ]
     indices = [4, 1]
     images = torch.stack([image_tensor(dataset[index].image) for index in indices])
