@@ -13,6 +13,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from snd_nerfstudio.probing.expected_depth import expected_depth
 from snd_nerfstudio.probing.padding import PadCrop, Padding, to_image
 
 UPSAMPLING = 4
@@ -91,12 +92,7 @@ class DepthHead(LinearHead):
         ``p_k = (relu(x_k) + 0.1) / sum_j (relu(x_j) + 0.1)`` and ``depth = sum_k p_k bin_k`` of the enlarged logits
         ``x``. This is not linear, so it comes after the enlarging.
         """
-        # numerator and denominator in one product, and what is added to every logit afterwards: half the time. Bins
-        # stay last in memory, as `forward` leaves them: a gradient in another order than its logits costs twice that
-        sums = torch.stack([self.bins, torch.ones_like(self.bins)])
-        rectified = F.relu(upsample(logits), inplace=True)
-        both = rectified.flatten(2).transpose(1, 2) @ sums.T + FLOOR * sums.sum(dim=1)
-        return (both[..., 0] / both[..., 1]).view(len(logits), 1, *rectified.shape[2:])
+        return expected_depth(logits, self.bins, FLOOR, UPSAMPLING)
 
     def at_pixels(
         self, logits: Float[Tensor, "b k h w"], size: tuple[int, int], padding: Padding, pad_crop: PadCrop
