@@ -4,10 +4,10 @@
     python benchmarks/probing.py --backbone dinov2_vitb14=random --batch 2
 
 Images, depth and training step are those of ``snd-probe``: procedural rooms, 256 bins, class token, the loss at the
-images' pixels, AdamW. Weights are random, which changes no time. Both variants see the same batches; the one that runs
-the backbone is given images that are decoded already. They run in turns in one process, and start from one head, so
-that their losses can be compared: they differ by the half precision of cached tokens. What caching costs once is in the
-last line.
+images' pixels, AdamW. Weights are random, which changes no time. Both variants see the same batches; the one that
+runs the backbone is given images that are decoded already. They run in turns in one process, and start from one head,
+so that their losses can be compared: they differ by the half precision of cached tokens. What caching costs once is
+in the last line.
 """
 
 import tempfile

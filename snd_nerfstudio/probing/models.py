@@ -14,6 +14,12 @@ from snd_nerfstudio.errors import InputError
 
 FLAG = "--models"
 """By which the command line names models."""
+KINDS: dict[type[nn.Module], str] = {
+    TokenBackbone: "vit",
+    RefinedBackbone: "refined",
+    ConcatenatedBackbone: "concatenated",
+}
+"""What a description calls them."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +71,8 @@ def open_model(text: str, seed: int) -> ProbeModel:
     Args:
         text: ``NAME``, ``NAME=WEIGHTS`` or ``NAME=random``. The name is one of the registry (``dinov2-small``), of
             DINOv2's hub (``dinov2_vits14``) or of timm; without weights they are the published ones, otherwise what
-            `backbones.weights.load_backbone_weights` takes: a known name (``snd``, ``fit3d-concat``, ``mef``), a file,
-            an exported folder or a run.
+            `backbones.weights.load_backbone_weights` takes: a known name (``snd``, ``fit3d-concat``, ``mef``), a
+            file, an exported folder or a run.
         seed: of random weights.
 
     Returns:
@@ -111,14 +117,14 @@ def describe(backbone: nn.Module) -> dict[str, Any]:
         "state_sha256": bytes(fingerprint(backbone.state_dict()).tolist()).hex(),
     }
     if not isinstance(backbone, (TokenBackbone, RefinedBackbone, ConcatenatedBackbone)):
-        kind = type(backbone).__name__
-        about = {"registry_name": kind, "architecture": kind, "kind": "other", "patch": int(backbone.patch)}  # type: ignore
+        name, patch = type(backbone).__name__, int(backbone.patch)  # type: ignore
+        about = {"registry_name": name, "architecture": name, "kind": "other", "patch": patch}
         return {**about, **common, "licence": "not known", "positions": None}
     spec = backbone.spec
     return {
         "registry_name": next((key for key, known in BACKBONES.items() if known == spec), spec.timm_name),
         "architecture": spec.architecture,
-        "kind": {TokenBackbone: "vit", RefinedBackbone: "refined"}.get(type(backbone), "concatenated"),  # type: ignore
+        "kind": next(kind for known, kind in KINDS.items() if isinstance(backbone, known)),
         "patch": spec.patch,
         **common,
         "licence": licence_of(report),

@@ -225,7 +225,8 @@ def token_store(
         progress: told how many images are done.
 
     Raises:
-        InputError: images differ in size; tokens would take too much, or are beyond float16 (65,504); or see `encode`.
+        InputError: images differ in size; tokens would take too much, or are beyond float16 (65,504); or see
+            `encode`.
     """
     what = f"Tokens of {model.label} on {dataset.name} ({dataset.split}{', mirrored' if mirrored else ''})"
     described = {name: model.description[name] for name in ("state_sha256", "architecture", "kind", "positions")}
@@ -248,8 +249,9 @@ def token_store(
         images = images.flip(-1) if mirrored else images
         parts = [encode(model, part.to(device), settings) for part in images.split(batch)]
         arrays = {"tokens": torch.cat([part.tokens for part in parts]).half().cpu().numpy()}
-        if settings.class_token:
-            arrays["class_tokens"] = torch.cat([part.class_token for part in parts]).half().cpu().numpy()  # type: ignore
+        found = [part.class_token for part in parts if part.class_token is not None]
+        if found:
+            arrays["class_tokens"] = torch.cat(found).half().cpu().numpy()
         for array in arrays.values():
             if not np.isfinite(array).all():
                 raise InputError(f"{what} are not finite in half precision: give --cache none.")

@@ -55,7 +55,7 @@ def short(settings, **changes):
 def test_perfect_features_give_nearly_no_depth_error_and_noise_no_more_than_a_constant(rooms, tmp_path):
     data = pair(rooms, "depth")
     for dataset in data:
-        dataset.window = (14, 42, 14, 56)  # a quarter of the time
+        dataset.window = (14, 34, 14, 44)  # an eighth of the time
     models = [knowing(data, camera_coordinates, 2, "known"), knowing(data, camera_coordinates, 2, "noise", noise=True)]
     settings = dataclasses.replace(DepthProbe.smoke(), iterations=300, batch=2, lr=0.3, features=PLAIN, clip=None)
     known, noise = (row.last for row in run_linear(models, *data, settings, tmp_path))
@@ -66,10 +66,10 @@ def test_perfect_features_give_nearly_no_depth_error_and_noise_no_more_than_a_co
     chance = sum(constant) / len(constant)
     # tokens are means over 2 x 2 pixels, which blurs edges: no head can undo that
     blurred = [F.interpolate(F.avg_pool2d(depth[None, None], 2), scale_factor=4, mode="bilinear") for depth in measured]
-    blurred = [F.interpolate(depth, size=(28, 42), mode="bilinear")[0, 0] for depth in blurred]
+    blurred = [F.interpolate(depth, size=(20, 30), mode="bilinear")[0, 0] for depth in blurred]
     least = [depth_errors(*both, 1e-3, 10.0)["abs_rel"] for both in zip(blurred, measured, strict=True)]
     assert known["abs_rel"] < sum(least) / len(least) + 0.01 < 0.04 and known["d1"] > 0.97
-    assert chance > 0.15 and noise["abs_rel"] == pytest.approx(chance, rel=0.25)
+    assert chance > 4 * known["abs_rel"] and noise["abs_rel"] == pytest.approx(chance, rel=0.25)
 
 
 def test_normals_as_features_are_found_and_so_are_classes(rooms, tmp_path):
