@@ -13,6 +13,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from snd_nerfstudio.probing.expected_depth import expected_depth
 from snd_nerfstudio.probing.padding import PadCrop, Padding, to_image
 
 UPSAMPLING = 4
@@ -91,11 +92,7 @@ class DepthHead(LinearHead):
         ``p_k = (relu(x_k) + 0.1) / sum_j (relu(x_j) + 0.1)`` and ``depth = sum_k p_k bin_k`` of the enlarged logits
         ``x``. This is not linear, so it comes after the enlarging.
         """
-        # numerator and denominator in one product, and what is added to every logit afterwards: half the time
-        sums = torch.stack([self.bins, torch.ones_like(self.bins)])
-        rectified = F.relu(upsample(logits), inplace=True)
-        both = torch.einsum("sk,bkn->bsn", sums, rectified.flatten(2)) + FLOOR * sums.sum(dim=1)[:, None]
-        return (both[:, :1] / both[:, 1:]).unflatten(2, rectified.shape[2:])
+        return expected_depth(logits, self.bins, FLOOR, UPSAMPLING)
 
     def at_pixels(
         self, logits: Float[Tensor, "b k h w"], size: tuple[int, int], padding: Padding, pad_crop: PadCrop

@@ -44,12 +44,15 @@ def sig_loss(
     measured = depth > 0
     if not measured.any():
         return (prediction * 0).sum()
-    g = torch.log(prediction[measured] + LOG_OFFSET) - torch.log(depth[measured] + LOG_OFFSET)
+    # masked and not picked out: picking takes several times as long
+    count = measured.sum()
+    g = torch.log(prediction + LOG_OFFSET) - torch.log(depth + LOG_OFFSET)
+    mean = g.where(measured, 0).sum() / count
     if step < mean_only_steps:
-        return math.sqrt(MEAN_WEIGHT) * g.mean().abs()
-    variance = g.var() if len(g) > 1 else g.new_zeros(())
+        return math.sqrt(MEAN_WEIGHT) * mean.abs()
+    variance = (g - mean).where(measured, 0).square().sum() / (count - 1).clamp(min=1)
     # the square root has no gradient at 0
-    return (variance + MEAN_WEIGHT * g.mean().square()).clamp(min=1e-12).sqrt()
+    return (variance + MEAN_WEIGHT * mean.square()).clamp(min=1e-12).sqrt()
 
 
 def gradient_loss(

@@ -1,0 +1,483 @@
+"""Training and testing linear heads on frozen backbones: many models and many heads in one pass over the data."""
+
+import hashlib
+import json
+import math
+import os
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+
+from snd_nerfstudio.errors import InputError
+from snd_nerfstudio.probing.examples import Labels, TrainingBatches, image_tensor, labels_of, step_indices, windowed
+from snd_nerfstudio.probing.features import ProbeFeatures, encode
+from snd_nerfstudio.probing.heads import LinearHead
+from snd_nerfstudio.probing.models import ProbeModel
+from snd_nerfstudio.probing.objectives import Objective, Variant, head_inputs, make_objective
+from snd_nerfstudio.probing.protocols import AnyProbe
+from snd_nerfstudio.probing.samples import ProbeDataset, Task
+from snd_nerfstudio.probing.token_store import (
+    CachePlace,
+    LabelStore,
+    Progress,
+    TokenStore,
+    label_store,
+    quiet,
+    token_store,
+)
+
+STATE_FILE = "state.pt"
+TEST_BATCH = 4
+"""Images that heads see at once when they are tested on cached tokens."""
+UNIMPORTANT = ("cache_folder", "cache_limit_gb", "save_every", "workers")
+"""Settings that do not change results."""
+
+
+@dataclass
+class LinearResult:
+    """One head's outcome."""
+
+    model: str
+    """Label of the model."""
+    task: Task
+    variant: Variant
+    """What tells this head from the model's others: ``lr``, ``repeat``, and ``head_norm`` in segmentation."""
+    last: dict[str, float]
+    """Scores after the last step."""
+    best: dict[str, float]
+    """Scores after the best of the steps that were tested, on the test set itself."""
+    best_iteration: int
+    """How many steps that was."""
+    curve: list[dict[str, float]]
+    """``iteration``, ``loss`` (mean since the test before) and scores, test by test."""
+    seconds: float
+    """Of training: the head's steps, and the backbone's where tokens are not cached."""
+    tokens_bytes: int
+    """Cached tokens of this model, training and test; 0 without a cache."""
+    head_file: Path
+    """The head's weights after the last step (safetensors)."""
+
+
+@dataclass
+class _Head:
+    """A head in training."""
+
+    model: ProbeModel
+    variant: Variant
+    head: LinearHead
+    optimizer: torch.optim.AdamW
+    curve: list[dict[str, float]] = field(default_factory=list)
+    losses: float = 0.0
+    """Sum since the last test."""
+    steps: int = 0
+    """Number since the last test."""
+    seconds: float = 0.0
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "head": self.head.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "curve": self.curve,
+            "losses": self.losses,
+            "steps": self.steps,
+            "seconds": self.seconds,
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.head.load_state_dict(state["head"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.curve, self.losses = state["curve"], state["losses"]
+        self.steps, self.seconds = state["steps"], state["seconds"]
+
+
+@dataclass
+class _Cached:
+    """Tokens and labels of both splits, once computed; tokens by the model's label."""
+
+    train_labels: LabelStore
+    test_labels: LabelStore
+    train: dict[str, TokenStore]
+    test: dict[str, list[TokenStore]]
+    """Of the images and, if they are needed, of their mirror images."""
+
+
+def run_linear(
+    models: Sequence[ProbeModel],
+    train: ProbeDataset,
+    test: ProbeDataset,
+    settings: AnyProbe,
+    folder: Path,
+    device: torch.device | str = "cpu",
+    progress: Progress = quiet,
+) -> list[LinearResult]:
+    """Train heads on frozen models, and test them.
+
+    All heads of all models see the same images in the same order. What is random is a function of seed and step, so
+    that a run that goes on after an interruption gives, on the CPU, exactly what it would have given.
+
+    Args:
+        models: with labels that differ.
+        train: opened for the task of the settings.
+        test: likewise.
+        settings: a probe of `protocols`.
+        folder: for the state of the run, weights of heads, and tokens on disk. If it holds an unfinished run of the
+            same settings, models and data, that is continued; if a finished one, its results are given.
+        device: where models and heads run; the models stay there.
+        progress: called with what is being done, how much of it is done, and how much there is.
+
+    Returns:
+        A result for each head, model after model.
+
+    Raises:
+        InputError: settings contradict themselves or the data; the folder holds another run; a sample cannot be read;
+            or a loss is not finite.
+    """
+    objective = make_objective(settings, train, test)
+    if not models or len({model.label for model in models}) < len(models):
+        raise InputError("--models needs one model or more, each of them once.")
+    hashes = train.content_hash(), test.content_hash()
+    key = _run_key(models, settings, hashes, (train, test))
+    folder.mkdir(parents=True, exist_ok=True)
+    for model in models:
+        model.backbone.to(device)
+    heads = _make_heads(models, settings, objective, device)
+    done = _load_state(folder, key, heads)
+    total = settings.steps(len(train))
+    cached = None
+    if settings.cache != "none":
+        cached = _cache(models, train, test, settings, objective, folder, hashes, device, progress)
+    if done < total:
+        _train(heads, objective, cached, range(done, total), folder, key, device, progress)
+    return [_result(entry, objective, cached, folder) for entry in heads]
+
+
+def _run_key(
+    models: Sequence[ProbeModel], settings: AnyProbe, hashes: tuple[str, str], datasets: Sequence[ProbeDataset]
+) -> str:
+    used = {name: value for name, value in asdict(settings).items() if name not in UNIMPORTANT}
+    described = [(model.label, model.description["state_sha256"], model.description["positions"]) for model in models]
+    shapes = [(dataset.name, dataset.split, dataset.window, len(dataset)) for dataset in datasets]
+    text = json.dumps([type(settings).__name__, used, described, hashes, shapes], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _make_heads(
+    models: Sequence[ProbeModel], settings: AnyProbe, objective: Objective, device: torch.device | str
+) -> list[_Head]:
+    """Heads of one repeat start from the same random numbers whatever else there is."""
+    heads = []
+    for model in models:
+        for variant in objective.variants():
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(settings.seed + variant["repeat"])
+                head = objective.make_head(*head_inputs(model, settings), variant)
+            head.to(device).train()
+            optimizer = torch.optim.AdamW(
+                head.parameters(), lr=variant["lr"], betas=settings.betas, weight_decay=settings.weight_decay
+            )
+            heads.append(_Head(model, variant, head, optimizer))
+    return heads
+
+
+# ---------------------------------------------------------------------- data
+
+
+def _cache(
+    models: Sequence[ProbeModel],
+    train: ProbeDataset,
+    test: ProbeDataset,
+    settings: AnyProbe,
+    objective: Objective,
+    folder: Path,
+    hashes: tuple[str, str],
+    device: torch.device | str,
+    progress: Progress,
+) -> _Cached:
+    """Everything that is computed once."""
+    kept = (settings.cache_folder or folder / "tokens") if settings.cache == "disk" else None
+    used = 0
+
+    def place() -> CachePlace:
+        return CachePlace(kept, settings.cache_limit_gb, used)
+
+    labels = []
+    for dataset, content in zip((train, test), hashes, strict=True):
+        labels.append(label_store(dataset, place(), content, progress))
+        used += labels[-1].bytes
+    trained, tested = {}, {}
+    for model in models:
+        features = settings.features
+        trained[model.label] = token_store(model, train, features, place(), hashes[0], device=device, progress=progress)
+        used += trained[model.label].bytes
+        tested[model.label] = []
+        for mirrored in (False, True) if objective.mirrors else (False,):
+            store = token_store(model, test, features, place(), hashes[1], mirrored, device, progress=progress)
+            tested[model.label].append(store)
+            used += store.bytes
+    return _Cached(*labels, train=trained, test=tested)
+
+
+def _on(labels: Labels, device: torch.device | str) -> Labels:
+    return {kind: value.to(device) for kind, value in labels.items()}
+
+
+def _by_model(heads: Sequence[_Head]) -> list[tuple[ProbeModel, list[_Head]]]:
+    grouped: dict[str, list[_Head]] = {}
+    for entry in heads:
+        grouped.setdefault(entry.model.label, []).append(entry)
+    return [(group[0].model, group) for group in grouped.values()]
+
+
+# ---------------------------------------------------------------------- training
+
+
+def _train(
+    heads: Sequence[_Head],
+    objective: Objective,
+    cached: Optional[_Cached],
+    steps: range,
+    folder: Path,
+    key: str,
+    device: torch.device | str,
+    progress: Progress,
+) -> None:
+    """The steps that remain, with tests and saved states between them."""
+    settings: AnyProbe = objective.settings
+    images = len(objective.train)
+    tested = settings.test_steps(images)
+    batches = TrainingBatches(objective.train, settings) if cached is None else None
+    try:
+        for step in steps:
+            if cached is None:
+                assert batches is not None
+                pixels, labels = batches(step)
+                pixels = pixels.to(device)
+                indices = []
+            else:
+                pixels, indices = None, step_indices(step, images, settings)
+                labels = cached.train_labels.batch(indices)
+            labels = _on(labels, device)
+            for model, group in _by_model(heads):
+                began = time.perf_counter()
+                if cached is None:
+                    assert pixels is not None
+                    features = encode(model, pixels, settings.features)
+                else:
+                    features = cached.train[model.label].batch(indices, device)
+                shared = (time.perf_counter() - began) / len(group)
+                for entry in group:
+                    began = time.perf_counter()
+                    loss = training_step(
+                        objective, entry.head, entry.optimizer, entry.variant["lr"], features, labels, step
+                    )
+                    entry.losses += loss
+                    entry.steps += 1
+                    entry.seconds += time.perf_counter() - began + shared
+                    if not math.isfinite(loss):
+                        raise InputError(
+                            f"The {objective.train.task} probe of {model.label} has a loss of {loss} in step {step}: "
+                            f"give a smaller --lr than {entry.variant['lr']:g}."
+                        )
+            if step + 1 in tested:
+                _test(heads, objective, cached, step + 1, device, progress)
+            if (step + 1) % settings.save_every == 0 or step + 1 in tested:
+                _save_state(folder, key, heads, step + 1)
+            progress(f"Training {objective.train.task}", step + 1, steps.stop)
+    finally:
+        if batches is not None:
+            batches.close()
+
+
+def training_step(
+    objective: Objective,
+    head: LinearHead,
+    optimizer: torch.optim.AdamW,
+    lr: float,
+    features: ProbeFeatures,
+    labels: Labels,
+    step: int,
+) -> float:
+    """One step of one head; its loss.
+
+    Args:
+        objective: gives loss and schedule.
+        head: is changed.
+        optimizer: of the head.
+        lr: peak learning rate.
+        features: of a batch.
+        labels: of the same batch, on the same device.
+        step: from 0.
+    """
+    settings: AnyProbe = objective.settings
+    total = settings.steps(len(objective.train))
+    for group in optimizer.param_groups:
+        group["lr"] = lr * objective.rate(step, total)
+        group["betas"] = objective.betas(step, total)
+    loss = objective.loss(head, features, labels, step)
+    optimizer.zero_grad()
+    loss.backward()
+    if settings.clip is not None:
+        clip_grad_norm_(head.parameters(), settings.clip)
+    optimizer.step()
+    return float(loss.detach())
+
+
+# ---------------------------------------------------------------------- testing
+
+
+def _test(
+    heads: Sequence[_Head],
+    objective: Objective,
+    cached: Optional[_Cached],
+    iteration: int,
+    device: torch.device | str,
+    progress: Progress,
+) -> None:
+    """Scores of all heads, added to their curves."""
+    for model, group in _by_model(heads):
+        stores = None if cached is None else cached.test[model.label]
+        labels = None if cached is None else cached.test_labels
+        found = evaluate(model, [entry.head for entry in group], objective, stores, labels, device, progress)
+        for entry, scores in zip(group, found, strict=True):
+            entry.curve.append({"iteration": float(iteration), "loss": entry.losses / max(entry.steps, 1), **scores})
+            entry.losses, entry.steps = 0.0, 0
+
+
+@torch.no_grad()
+def evaluate(
+    model: ProbeModel,
+    heads: Sequence[LinearHead],
+    objective: Objective,
+    stores: Optional[Sequence[TokenStore]] = None,
+    label_rows: Optional[LabelStore] = None,
+    device: torch.device | str = "cpu",
+    progress: Progress = quiet,
+) -> list[dict[str, float]]:
+    """Scores of some heads of one model on the whole test set, whose images are encoded once for all of them.
+
+    Args:
+        model: whose.
+        heads: each gets scores of its own. They are left in training mode.
+        objective: of the task.
+        stores: cached tokens of the test images and, if it `mirrors`, of their mirror images; None: they are encoded.
+        label_rows: labels of the test images; None: they are read.
+        device: where models and heads are.
+        progress: told how many images are done.
+
+    Raises:
+        InputError: a sample cannot be read.
+    """
+    settings: AnyProbe = objective.settings
+    test, what = objective.test, f"Testing {objective.test.task} of {model.label}"
+    scores = [objective.scores() for _ in heads]
+    for head in heads:
+        head.eval()
+
+    def every_head(features: ProbeFeatures) -> Tensor:
+        """Predictions side by side in the channels, so that images are encoded once."""
+        return torch.cat([objective.predict(head, features) for head in heads], dim=1)
+
+    stride = 1 if stores is None else TEST_BATCH
+    for start in range(0, len(test), stride):
+        indices = list(range(start, min(start + stride, len(test))))
+        if stores is None:
+            sample = windowed(test, start)
+            labels = {kind: value[None] for kind, value in labels_of(sample, test.task).items()}
+            image = image_tensor(sample.image)[None].to(device).float() / 255
+            maps = objective.on_image(image, lambda seen: every_head(encode(model, seen, settings.features)))
+        else:
+            assert label_rows is not None
+            labels = label_rows.batch(indices)
+            maps = objective.on_tokens([every_head(store.batch(indices, device)) for store in stores])
+        for prediction, collected in zip(maps.chunk(len(heads), dim=1), scores, strict=True):
+            collected.update(prediction, labels)
+        progress(what, indices[-1] + 1, len(test))
+    for head in heads:
+        head.train()
+    return [collected.compute() for collected in scores]
+
+
+# ---------------------------------------------------------------------- state and results
+
+
+def _replace(file: Path, write: Callable[[Path], None]) -> None:
+    """Write a file whole or not at all."""
+    partial = file.with_name(f"{file.name}.{os.getpid()}.tmp")
+    write(partial)
+    os.replace(partial, file)
+
+
+def _save_state(folder: Path, key: str, heads: Sequence[_Head], iteration: int) -> None:
+    state = {"key": key, "iteration": iteration, "heads": [entry.state() for entry in heads]}
+    _replace(folder / STATE_FILE, lambda file: torch.save(state, file))
+
+
+def _load_state(folder: Path, key: str, heads: Sequence[_Head]) -> int:
+    """Steps that are done already.
+
+    Raises:
+        InputError: the state is of another run, or damaged.
+    """
+    file = folder / STATE_FILE
+    if not file.is_file():
+        return 0
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        known, iteration, rows = state["key"], int(state["iteration"]), state["heads"]
+    except Exception as error:  # torch raises whatever its readers raise
+        raise InputError(f"{file} cannot be read ({type(error).__name__}): delete it to begin anew.") from error
+    if known != key:
+        raise InputError(
+            f"{file} is the state of a probe with other settings, models or data: give another folder, or delete it."
+        )
+    for entry, row in zip(heads, rows, strict=True):
+        entry.load(row)
+    return iteration
+
+
+def head_file_name(label: str, task: Task, variant: Variant) -> str:
+    """A file name that tells the heads of a run apart."""
+    described = "-".join(
+        f"{name}_{value:g}" if isinstance(value, (int, float)) else f"{name}_{value}" for name, value in variant.items()
+    )
+    # two labels may look alike once they are plain
+    digest = hashlib.sha256(label.encode()).hexdigest()[:6]
+    plain = re.sub(r"[^A-Za-z0-9_.-]+", "-", label)[-60:]
+    return f"{plain}-{digest}-{task}-{described}.safetensors"
+
+
+def _result(entry: _Head, objective: Objective, cached: Optional[_Cached], folder: Path) -> LinearResult:
+    from safetensors.torch import save_file
+
+    label, task = entry.model.label, objective.train.task
+    file = folder / head_file_name(label, task, entry.variant)
+    tensors = {name: value.detach().cpu().contiguous() for name, value in entry.head.state_dict().items()}
+    about = {"model": label, "task": task, **{name: str(value) for name, value in entry.variant.items()}}
+    _replace(file, lambda partial: save_file(tensors, partial, about))
+    measured = [row for row in entry.curve if not math.isnan(row[objective.best_metric])]
+    sign = 1 if objective.better == "lower" else -1
+    best = min(measured or entry.curve, key=lambda row: sign * row[objective.best_metric])
+    stores = [] if cached is None else [cached.train[label], *cached.test[label]]
+    return LinearResult(
+        model=label,
+        task=task,
+        variant=entry.variant,
+        last=_scores(entry.curve[-1]),
+        best=_scores(best),
+        best_iteration=int(best["iteration"]),
+        curve=entry.curve,
+        seconds=entry.seconds,
+        tokens_bytes=sum(store.bytes for store in stores),
+        head_file=file,
+    )
+
+
+def _scores(row: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in row.items() if name not in ("iteration", "loss")}
