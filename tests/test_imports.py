@@ -47,7 +47,8 @@ def test_the_data_command_loads_nothing_before_it_knows_what_to_do():
 def test_the_core_packages_do_not_import_nerfstudio():
     program = """
 import sys, importlib, pkgutil, snd_nerfstudio
-for package in ("scenes", "splatting", "reconstruction", "backbones", "supervision", "distillation", "exporting", "probing"):
+packages = "scenes splatting reconstruction backbones supervision distillation exporting probing"
+for package in packages.split():
     root = importlib.import_module(f"snd_nerfstudio.{package}")
     for info in pkgutil.walk_packages(root.__path__, root.__name__ + "."):
         if not info.name.endswith("__main__"):
