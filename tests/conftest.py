@@ -74,10 +74,10 @@ def tiny_config(rooms: Path, tmp_path: Path) -> Any:
 
 @pytest.fixture(scope="session")
 def adapted_run(rooms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The config.yml of a run of two steps whose adapters were changed by much more than two steps do; not to write to."""
-    from nerfstudio.utils import writer
-
+    """The config.yml of a run whose adapters were changed by much more than its two steps; not to be written to."""
     config = small_snd_tiny(rooms, tmp_path_factory.mktemp("run"))
+    from nerfstudio.utils import writer  # not before its methods: nerfstudio's imports go in a circle
+
     config.max_num_iterations = 2
     config.save_config()
     trainer = config.setup()
