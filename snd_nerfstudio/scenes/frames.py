@@ -285,10 +285,11 @@ def load_views(
             return nearest(values, size) if lens is None else lens.picked(values, size)
 
         image = _image_at(frames, index, size, lens, frame_cache)
-        images.append(rearrange(torch.from_numpy(image), "h w c -> c h w").float() / 255)
+        images.append(torch.from_numpy(image))
         intrinsics.append(torch.from_numpy(_intrinsics_at(frames, index, size, lens).astype(np.float32)))
         if mask_maker is not None:
-            masks.append(compact(_made_mask(frames, index, size, mask_maker, image)))
+            colours = np.ascontiguousarray(rearrange(image, "c h w -> h w c"))
+            masks.append(compact(_made_mask(frames, index, size, mask_maker, colours)))
         elif with_masks:
             mask_file = _file_of(frames.mask_files, index, image_file, "mask")
             mask = read_mask(mask_file)
@@ -299,7 +300,7 @@ def load_views(
             depths.append(at_size(read_depth(depth_file, frames.depth_unit(index), stored)))
     poses = frames.camera_to_worlds[np.asarray(indices)]
     return Views(
-        images=torch.stack(images),
+        images=torch.stack(images).float().div_(255),
         camera_to_worlds=torch.from_numpy(np.ascontiguousarray(poses)).float(),
         intrinsics=torch.stack(intrinsics),
         masks=torch.from_numpy(np.stack(masks)) if masks else None,
@@ -310,7 +311,7 @@ def load_views(
 
 def _image_at(
     frames: Frames, index: int, size: tuple[int, int], lens: Optional[Lens], cache: Optional[FrameCache]
-) -> UInt8[np.ndarray, "h w 3"]:
+) -> UInt8[np.ndarray, "3 h w"]:
     """A frame's image as it is trained, from the cache where it is in it."""
     file = frames.image_files[index]
     key = None
