@@ -31,13 +31,37 @@ def parse(config: DataParserConfig, split: Literal["train", "val", "all"]) -> Da
         raise InputError(f"--data {config.data}: no such file or folder.")
     if isinstance(config, MultiSceneConfig):
         return config.setup().get_dataparser_outputs(split=split)
+    return _cut(config, _foreign_outputs(config), split)
+
+
+def parse_sides(config: DataParserConfig, all_scenes: bool) -> tuple[DataparserOutputs, DataparserOutputs]:
+    """What is trained on, and what is held out; the dataset is opened once for both.
+
+    Args:
+        config: of the layout, with ``data``.
+        all_scenes: train on what is held out too.
+
+    Raises:
+        InputError: see `parse`.
+    """
+    if not config.data.exists():
+        raise InputError(f"--data {config.data}: no such file or folder.")
+    if isinstance(config, MultiSceneConfig):
+        parser = config.setup()
+        train = parser.get_dataparser_outputs(split="all" if all_scenes else "train")
+        return train, parser.get_dataparser_outputs(split="val")
     outputs = _foreign_outputs(config)
+    return _cut(config, outputs, "all" if all_scenes else "train"), _cut(config, outputs, "val")
+
+
+def _cut(
+    config: DataParserConfig, outputs: DataparserOutputs, split: Literal["train", "val", "all"]
+) -> DataparserOutputs:
     order = by_name(outputs)
     if len(order) < 3:
         raise InputError(f"--data {config.data}: {len(order)} training frames; a triplet needs at least three.")
     first = len(order) - held_out_tail(len(order))
-    chosen = {"train": order[:first], "val": order[first:], "all": order}[split]
-    return subset(outputs, chosen)
+    return subset(outputs, {"train": order[:first], "val": order[first:], "all": order}[split])
 
 
 def _foreign_outputs(config: DataParserConfig) -> DataparserOutputs:

@@ -177,14 +177,14 @@ def extract(video: Path, folder: Path, sizes: Mapping[int, tuple[int, int]]) -> 
             for number, image in with_progress:
                 _check_size(video, number, (image.shape[1], image.shape[0]), sizes[number])
                 _write(files[number], image)
-        for other in folder.iterdir():
-            if other != kept and other.is_dir() and re.fullmatch("[0-9a-f]{16}", other.name):
-                shutil.rmtree(other)
     except OSError as error:
         raise InputError(
             f"{kept} cannot be written to ({error.strerror}): make room, or give another folder with video-scenes "
             "--frames-folder."
         ) from error
+    for other in folder.iterdir():  # of former states of the video; another process may be doing the same
+        if other != kept and other.is_dir() and re.fullmatch("[0-9a-f]{16}", other.name):
+            shutil.rmtree(other, ignore_errors=True)
     return list(files.values())
 
 

@@ -12,7 +12,7 @@ stay where they are until they are trained on.
 import io
 import os
 from collections.abc import Generator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Optional, Type
@@ -73,10 +73,22 @@ class Re10kScenes(DataParser):
             raise InputError("re10k-scenes: --max-scenes and --min-frames must be at least 1.")
         sides = self._sides()
         if len(sides) == 1:
-            scenes = {scene.name: scene for scene in self._scenes(sides[:1])}
+            if self._undivided is None:  # both sides are asked for, one after the other
+                self._undivided = {scene.name: scene for scene in self._scenes(sides[:1])}
+            scenes = self._undivided
             return to_outputs(split_scenes(list(scenes), split, scenes.__getitem__))
         _check_disjoint(*sides)
-        return to_outputs(self._scenes({"train": sides[:1], "all": sides}.get(split, sides[1:])))
+        scenes = self._scenes({"train": sides[:1], "all": sides}.get(split, sides[1:]))
+        if split != "all":
+            self._read[split] = {scene.name for scene in scenes}
+            both = set.intersection(*self._read.values()) if len(self._read) > 1 else set()
+            if both:
+                raise _in_both(min(both), sides[0], sides[1], len(both))
+        return to_outputs(scenes)
+
+    def __post_init__(self) -> None:
+        self._undivided: Optional[dict[str, Scene]] = None
+        self._read: dict[str, set[str]] = {}
 
     def _sides(self) -> list[Path]:
         """Folders of chunks: of training and of test scenes, or of scenes that are not divided yet.
@@ -121,11 +133,13 @@ class Re10kScenes(DataParser):
     def _scenes_of(self, side: Path) -> Generator[Scene, None, None]:
         """The scenes of one folder, one chunk after the other."""
         files = _chunks(side)
-        listed = _listed(side, files)
+        listed: dict[str, list[str]] = {}
+        for key, name in _listed(side, files).items():
+            listed.setdefault(name, []).append(key)
         quiet = len(files) <= CHUNKS_WITHOUT_BAR
         for file in track(files, f"Reading {side}", console=CONSOLE, transient=True, disable=quiet):
             chunk = read_chunk(file)
-            lost = [key for key, name in listed.items() if name == file.name and key not in chunk.index.places]
+            lost = [key for key in listed.get(file.name, ()) if key not in chunk.index.places]
             if lost:
                 raise InputError(
                     f"{side / 'index.json'}: scene {lost[0]} should be in {file.name}, and is not: restore the "
@@ -165,10 +179,14 @@ def _check_disjoint(train: Path, test: Path) -> None:
     """Refuses scenes for training that are held out, as far as ``index.json`` tells without reading the chunks."""
     both = _listed(train, _chunks(train)).keys() & _listed(test, _chunks(test)).keys()
     if both:
-        raise InputError(
-            f"Scene {min(both)} is in the index.json of {train} and of {test} ({len(both)} scenes are): held-out "
-            "scenes must not be trained on; remove them from one of the two."
-        )
+        raise _in_both(min(both), train, test, len(both))
+
+
+def _in_both(scene: str, train: Path, test: Path, count: int) -> InputError:
+    return InputError(
+        f"Scene {scene} is in {train} and in {test} ({count} scenes are): held-out scenes must not be trained on; "
+        "remove them from one of the two."
+    )
 
 
 def _chunk_of(scene: Scene) -> Path:
@@ -221,19 +239,17 @@ def _poses(rows: Float[np.ndarray, "n 12"]) -> Float[np.ndarray, "n 4 4"]:
 
 
 def _size(chunk: Chunk, key: str) -> tuple[int, int]:
-    """Width and height that the header of a scene's first image states; the others have the same."""
+    """Width and height that the header of a scene's first readable image states; the others have the same."""
     from PIL import Image
 
-    try:
-        with Image.open(io.BytesIO(chunk.index.read(chunk.index.frames(key)[0]))) as image:
-            return image.size
-    except InputError:
-        raise
-    except (OSError, EOFError, SyntaxError, ValueError) as error:
-        raise InputError(
-            f"{chunk.index.file}: the first image of scene {key} cannot be decoded ({error}): restore the chunk or "
-            "write it again without the scene."
-        ) from error
+    for place in chunk.index.frames(key):
+        with suppress(OSError, EOFError, SyntaxError):
+            with Image.open(io.BytesIO(chunk.index.read(place))) as image:
+                return image.size
+    raise InputError(
+        f"{chunk.index.file}: no image of scene {key} can be decoded: restore the chunk or write it again without the "
+        "scene."
+    )
 
 
 re10k_scenes = DataParserSpecification(

@@ -233,7 +233,10 @@ def _registration_error(folder: Path, camera: Float[np.ndarray, "12"], depth: Pa
     """
     if not depth.is_file() or not any((folder / place).is_file() for place in DEPTH_INTRINSICS):
         return 0.0
-    size = np.array(_image_size(depth))
+    try:
+        size = np.array(_image_size(depth))
+    except InputError:  # it is named where it is needed
+        return 0.0
     _, matrix = _intrinsics(folder, DEPTH_INTRINSICS)
     focal, principal = matrix[[0, 1], [0, 1]], matrix[:2, 2] + 0.5
     of = dict(zip(CAMERA_KEYS, camera.tolist(), strict=True))

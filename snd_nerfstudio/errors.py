@@ -1,6 +1,7 @@
 """The one kind of error a user's input can cause, and how the command line shows it."""
 
 import sys
+from pathlib import Path
 from types import TracebackType
 
 
@@ -9,7 +10,16 @@ class InputError(ValueError):
 
 
 class BrokenFileError(InputError):
-    """A file of the dataset is missing, damaged, or not what it should be."""
+    """A file of the dataset is missing, damaged, or not what it should be.
+
+    Args:
+        message: names the file, what is wrong, and what to do.
+        file: which one; several errors of one file are one fault.
+    """
+
+    def __init__(self, message: str, file: Path | None = None) -> None:
+        super().__init__(message)
+        self.file = file
 
 
 def show_input_errors_without_traceback() -> None:

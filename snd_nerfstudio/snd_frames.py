@@ -9,8 +9,8 @@ from nerfstudio.data.dataparsers.base_dataparser import DataparserOutputs
 from torch.utils.data import Dataset
 
 from data_parsers.any_layout import described
-from snd_nerfstudio.errors import InputError
-from snd_nerfstudio.scenes.frames import Frames, load_views
+from snd_nerfstudio.errors import BrokenFileError, InputError
+from snd_nerfstudio.scenes.frames import Frames, Note, load_views, raise_it
 
 OPENGL_TO_OPENCV = np.diag([1.0, -1.0, -1.0, 1.0])
 
@@ -66,28 +66,44 @@ class SceneImages(Dataset):
         cameras: nerfstudio's cameras of exactly these frames, scaled to ``size``.
         outputs: the dataparser's, for the scene box.
         size: height and width of the images.
+        note: called with each frame that cannot be read; raises the error, or does not, and then the frame is grey.
     """
 
     def __init__(
-        self, frames: Frames, indices: np.ndarray, cameras: Cameras, outputs: DataparserOutputs, size: tuple[int, int]
+        self,
+        frames: Frames,
+        indices: np.ndarray,
+        cameras: Cameras,
+        outputs: DataparserOutputs,
+        size: tuple[int, int],
+        note: Note = raise_it,
     ) -> None:
         self.cameras = cameras
         self.scene_box = outputs.scene_box
         self.metadata: dict[str, Any] = {}
         self.image_filenames = [frames.image_files[i] for i in indices]
-        self._frames, self._indices, self._size = frames, indices, size
+        self._frames, self._indices, self._size, self._note = frames, indices, size, note
 
     def __len__(self) -> int:
         return len(self._indices)
 
     def __getitem__(self, item: int) -> dict[str, Any]:
         """``image`` float ``[H, W, 3]`` in [0, 1]."""
-        views = load_views(self._frames, [int(self._indices[item])], self._size, with_masks=False, with_depth=False)
+        try:
+            views = load_views(self._frames, [int(self._indices[item])], self._size, with_masks=False, with_depth=False)
+        except BrokenFileError as error:
+            self._note(error, "a picture of the viewer")
+            return {"image_idx": item, "image": torch.full((*self._size, 3), 0.5)}
         return {"image_idx": item, "image": views.images[0].permute(1, 2, 0)}
 
 
 def scene_images(
-    frames: Frames, outputs: DataparserOutputs, scene: int, size: tuple[int, int], most: int
+    frames: Frames,
+    outputs: DataparserOutputs,
+    scene: int,
+    size: tuple[int, int],
+    most: int,
+    note: Note = raise_it,
 ) -> SceneImages:
     """At most ``most`` frames of a scene, spread evenly over its capture.
 
@@ -97,6 +113,7 @@ def scene_images(
         scene: number of the scene.
         size: height and width to resize to.
         most: how many frames.
+        note: called with each frame that cannot be read; raises the error, or does not, and then the frame is grey.
     """
     indices = np.flatnonzero(frames.scene_index == scene)
     indices = indices[np.argsort(frames.frame_order[indices], kind="stable")]
@@ -110,4 +127,4 @@ def scene_images(
     cameras.width = torch.full_like(cameras.width, width)
     cameras.height = torch.full_like(cameras.height, height)
     cameras.distortion_params = None
-    return SceneImages(frames, indices, cameras, outputs, size)
+    return SceneImages(frames, indices, cameras, outputs, size, note)

@@ -165,12 +165,12 @@ class SnDPipeline(TripletPipeline):
         count = self.config.checked_triplets
         if count < 1 or self.rank != 0:
             return
-        held_out = min(count, data.num_eval_triplets)
-        if held_out:
-            places = [number * data.num_eval_triplets // held_out for number in range(held_out)]
-            triplets = data.eval_triplets(places, with_depth=True)
-        else:
-            triplets = data.train_triplets(count, with_depth=True)
+        number = min(count, data.num_eval_triplets)
+        places = [place * data.num_eval_triplets // number for place in range(number)]
+        held_out = data.eval_triplets(places, with_depth=True) if places else []
+        triplets = held_out or data.train_triplets(count, with_depth=True)
+        if not triplets:
+            raise InputError(f"None of {count} training triplets, spread over the dataset, can be read.")
         rows = [reconstruction_quality(data.reconstruct(triplet.context), triplet)[0] for triplet in triplets]
         values = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0] if all(name in r for r in rows)}
         if max(row["coverage"] for row in rows) < 1e-3:

@@ -108,8 +108,8 @@ class TripletPipeline(VanillaPipeline):
             )
         self._after_loss(step)
         metrics = {name: value.detach() for name, value in outputs.items() if name != "loss"}
-        if self.datamanager.faults.count:
-            metrics["skipped"] = torch.tensor(float(self.datamanager.faults.count))
+        if self.datamanager.faults.triplets("training"):
+            metrics["skipped"] = torch.tensor(float(self.datamanager.faults.triplets("training")))
         self._latest = {"loss": outputs["loss"].detach(), **metrics}
         return outputs, {self.LOSS: outputs["loss"]}, metrics
 
@@ -147,12 +147,13 @@ class TripletPipeline(VanillaPipeline):
     def _eval_triplet_of(self, step: int) -> ViewTriplet:
         """A held-out triplet drawn from (seed, step) alone, so that a resumed run's curves are the same."""
         generator = np.random.default_rng([self.config.seed, step])
-        # one that cannot be read is told, and the next of the shuffled ones is taken
+        # nerfstudio wants a loss in any case: where a triplet cannot be read, another one's is said to be that
         for number in generator.permutation(self.datamanager.num_eval_triplets).tolist():
             try:
                 return self.datamanager.eval_triplet(number, with_depth=True)
             except BrokenFileError as error:
-                self.datamanager.faults.note(error, f"a held-out triplet, in step {step},")
+                self.datamanager.faults.note(error, "a held-out triplet", "evaluation")
+                CONSOLE.log(f"[yellow]Step {step}: another held-out triplet is evaluated, for one cannot be read.")
         raise InputError("No held-out triplet can be read.")
 
     @torch.no_grad()
@@ -192,7 +193,7 @@ class TripletPipeline(VanillaPipeline):
                 try:
                     triplet = self.datamanager.eval_triplet(number, with_depth=True)
                 except BrokenFileError as error:
-                    self.datamanager.faults.note(error, "a held-out triplet")
+                    self.datamanager.faults.note(error, "a held-out triplet", "evaluation")
                     continue
                 metrics, pictures = self.evaluate(triplet)
                 rows.append(metrics)

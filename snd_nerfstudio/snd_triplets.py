@@ -15,7 +15,7 @@ from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackAttrib
 from nerfstudio.utils.rich_utils import CONSOLE
 from rich.progress import track
 
-from data_parsers.any_layout import parse
+from data_parsers.any_layout import parse_sides
 from data_parsers.multi_scene import MultiSceneConfig
 from data_parsers.scannetpp import ScanNetppScenesConfig
 from snd_nerfstudio.errors import BrokenFileError, InputError
@@ -189,7 +189,9 @@ class TripletDataManager(DataManager):
         self.train_dataset = self.scene_images(self.shown_scenes[0])  # type: ignore
         self.eval_dataset = None
         if self.eval_indices and self.eval_frames is not None:
-            self.eval_dataset = scene_images(self.eval_frames, eval_outputs, 0, self.size, VIEWER_FRAMES)  # type: ignore
+            self.eval_dataset = scene_images(
+                self.eval_frames, eval_outputs, 0, self.size, VIEWER_FRAMES, self.faults.note
+            )  # type: ignore
         self._prefetcher = Prefetcher(self._load_step, config.workers, config.prefetch)
 
     # ------------------------------------------------------------------ what a method asks for
@@ -218,7 +220,7 @@ class TripletDataManager(DataManager):
         """
         near, far = self.config.near, self.config.far
         if self.config.bounds == "scene" and (near is None or far is None):
-            lowest, highest = depth_bounds(self.train_frames)
+            lowest, highest = depth_bounds(self.train_frames, note=self.faults.note)
             near, far = lowest if near is None else near, highest if far is None else far
             CONSOLE.log(f"Depths in this dataset: near {near:.2f}, far {far:.2f}.")
         if (near is not None and near <= 0) or (near is not None and far is not None and far <= near):
@@ -327,8 +329,7 @@ class TripletDataManager(DataManager):
     def _parse(self) -> tuple[DataparserOutputs, DataparserOutputs]:
         if self.config.all_scenes and isinstance(self.config.dataparser, MultiSceneConfig):
             CONSOLE.log("[yellow]Training on all scenes: the held-out metrics are then of scenes seen in training.")
-        train = parse(self.config.dataparser, "all" if self.config.all_scenes else "train")
-        return train, parse(self.config.dataparser, "val")
+        return parse_sides(self.config.dataparser, bool(self.config.all_scenes))
 
     def _prepare(self, outputs: DataparserOutputs) -> tuple[Frames, SceneSampler]:
         config = self.config
@@ -353,13 +354,14 @@ class TripletDataManager(DataManager):
         config, with_depth = self.config, frames.has_depth
         if not with_depth and (config.near is None or config.far is None):
             CONSOLE.log(
-                "[yellow]No depth maps: overlaps are those of frusta, and near and far are guessed from how far the "
-                "cameras are spread; --pipeline.datamanager.near and --pipeline.datamanager.far say better."
+                "[yellow]Not every frame has a depth map: overlaps are those of frusta, and near and far are guessed "
+                "from how far the cameras are spread; --pipeline.datamanager.near and --pipeline.datamanager.far say "
+                "better."
             )
         return OverlapSampler(
             frames.scene_index,
             frames.frame_order,
-            lambda indices: scene_geometry(frames, indices, config.near, config.far, with_depth),
+            lambda indices: scene_geometry(frames, indices, config.near, config.far, with_depth, self.faults.note),
             frames.scene_names,
             self._pair_limits,
             config.target_view,  # type: ignore
@@ -413,10 +415,18 @@ class TripletDataManager(DataManager):
         }
 
     @cached_property
-    def fingerprint(self) -> str:
-        """Hash by which a changed dataset is noticed."""
-        parts = [self.train_frames] if self.eval_frames is None else [self.train_frames, self.eval_frames]
-        return " ".join(dataset_fingerprint(frames, self.config.dataparser.data)[:32] for frames in parts)
+    def fingerprint(self) -> dict[str, str]:
+        """Hashes by which a changed dataset is noticed."""
+        config = self.config
+        follows_depth = self.mask_maker is not None and self.mask_maker.uses_depth
+        with_depth = self.needs_depth or follows_depth or config.pairs == "overlap" or config.bounds == "scene"
+        sides = {"training": self.train_frames, "held out": self.eval_frames}
+        return {
+            f"{side}: {kind}": value
+            for side, frames in sides.items()
+            if frames is not None
+            for kind, value in dataset_fingerprint(frames, config.masks == "stored", with_depth).items()
+        }
 
     def check_unchanged(self, summary: dict[str, Any], file: Path) -> None:
         """Compare the dataset with that of a run that is to be resumed.
@@ -428,14 +438,15 @@ class TripletDataManager(DataManager):
         Raises:
             InputError: they differ, and `changed_data` is raise.
         """
-        before = summary.get("fingerprint")
-        if before is None or before == self.fingerprint:
+        before = summary.get("fingerprint") or {}
+        changed = [what for what, value in self.fingerprint.items() if before.get(what, value) != value]
+        if not changed:
             return
         own = self.summary
         counted = ("scenes", "frames", "held_out_frames")
         changes = [f"{name.replace('_', ' ')}: {summary.get(name)} then, {own[name]} now" for name in counted
                    if summary.get(name) != own[name]]  # fmt: skip
-        what = "; ".join(changes) or "as many frames as then, but other files, poses or intrinsics"
+        what = "; ".join(changes or [f"other {', '.join(changed)}"])
         message = f"The dataset {self.config.dataparser.data} has changed since the run of {file.parent} began ({what})"
         if self.config.changed_data == "raise":
             raise InputError(
@@ -509,7 +520,7 @@ class TripletDataManager(DataManager):
         triplets = []
         for loaded in self._prefetcher.get(step):
             if isinstance(loaded, BrokenFileError):
-                self.faults.note(loaded, f"a triplet of step {step}")
+                self.faults.note(loaded, f"a triplet of step {step}", "training")
             else:
                 triplets.append(loaded.to(self.device))
         self.faults.end_step(len(triplets))
@@ -545,19 +556,17 @@ class TripletDataManager(DataManager):
         return self._readable(self.eval_frames, [self.eval_indices[number] for number in numbers], with_depth)
 
     def _readable(self, frames: Frames, indices: Sequence[TripletIndex], with_depth: bool) -> list[ViewTriplet]:
-        """Those triplets that can be read, at least one.
+        """Those triplets that can be read.
 
         Raises:
-            InputError: a file cannot be read, and `on_error` is raise; or none of them can be.
+            BrokenFileError: a file cannot be read, and `on_error` is raise.
         """
         triplets = []
         for index in indices:
             try:
                 triplets.append(self.load(frames, index, with_depth).to(self.device))
             except BrokenFileError as error:
-                self.faults.note(error, "a triplet")
-        if not triplets:
-            raise InputError(f"None of {len(indices)} triplets, spread over the dataset, can be read.")
+                self.faults.note(error, "a triplet that was to be looked at")
         return triplets
 
     # ------------------------------------------------------------------ what nerfstudio and its viewer ask for
@@ -573,7 +582,12 @@ class TripletDataManager(DataManager):
     def scene_images(self, scene: str) -> SceneImages:
         """Some frames of a training scene, as the viewer draws them."""
         return scene_images(
-            self.train_frames, self.train_dataparser_outputs, self._scene_number(scene), self.size, VIEWER_FRAMES
+            self.train_frames,
+            self.train_dataparser_outputs,
+            self._scene_number(scene),
+            self.size,
+            VIEWER_FRAMES,
+            self.faults.note,
         )
 
     def shown_indices(self, scene: str) -> list[TripletIndex]:
@@ -595,12 +609,13 @@ class TripletDataManager(DataManager):
     @cached_property
     def shown_triplet(self) -> ViewTriplet:
         """The training triplet that the viewer shows first: of those that can be read."""
-        for index in self.shown_indices(self.shown_scenes[0]):
-            try:
-                return self.shown(index)
-            except BrokenFileError as error:
-                self.faults.note(error, "a triplet")
-        raise InputError(f"No triplet of scene {self.shown_scenes[0]} can be read.")
+        for scene in self.shown_scenes:
+            for index in self.shown_indices(scene):
+                try:
+                    return self.shown(index)
+                except BrokenFileError as error:
+                    self.faults.note(error, "a triplet for the viewer")
+        raise InputError("No training triplet that the viewer could show can be read.")
 
     def get_train_rays_per_batch(self) -> int:
         """Target pixels per step: what nerfstudio paces the viewer by."""

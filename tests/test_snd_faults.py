@@ -54,7 +54,7 @@ def test_with_skip_it_is_left_out_counted_and_named_and_nothing_takes_its_place(
     steps = [data.step_indices(step) for step in range(6)]
     frames = [{*triplet.context, triplet.target} for step in steps for triplet in step]
     expected = sum(broken in used for used in frames)
-    assert data.faults.count == expected >= 1 and data.faults.files == 1
+    assert data.faults.triplets("training") == expected >= 1 and data.faults.files == 1
     assert "".join(capsys.readouterr().out.split()).count(file.name) == 1
     assert len(data.next_train(4)) == sum(broken not in {*t.context, t.target} for t in steps[4])
 
@@ -88,7 +88,7 @@ def test_a_run_starts_with_a_missing_file_only_where_that_is_allowed(config, own
     config.pipeline.datamanager.on_error = "skip"
     trainer = started(config)
     assert missing.name in "".join(capsys.readouterr().out.split())
-    assert trainer.pipeline.datamanager.faults.count >= 1
+    assert trainer.pipeline.datamanager.faults.files == 1  # whatever is said of it
 
 
 def test_a_dataset_that_lacks_many_files_is_refused_in_any_case(config, own_rooms):
@@ -108,6 +108,42 @@ def test_evaluation_counts_what_it_leaves_out(config):
     results = trainer.pipeline.get_average_eval_image_metrics()
     used = [{*index.context, index.target} for index in data.eval_indices]
     assert results["skipped"] == sum(data.eval_indices[0].target in frames for frames in used) >= 1
+
+
+def test_a_dataset_in_which_every_file_is_wrong_is_refused_in_any_case(config, own_rooms):
+    config.pipeline.datamanager.on_error = "skip"
+    for file in own_rooms.glob("scenes/*/transforms_train.json"):
+        content = json.loads(file.read_text())
+        file.write_text(json.dumps({**content, "w": content["h"], "h": content["w"]}))
+    with pytest.raises(InputError, match=r"was calibrated for 56x84.*120 of the 120 that were looked at are wrong"):
+        started(config)
+
+
+def test_the_viewer_shows_grey_where_a_frame_cannot_be_read(config, own_rooms):
+    config.pipeline.datamanager.on_error = "skip"
+    trainer = started(config)
+    data = trainer.pipeline.datamanager
+    data.train_dataset.image_filenames[0].write_bytes(b"")
+    assert (data.train_dataset[0]["image"] == 0.5).all() and data.train_dataset[0]["image"].shape == (56, 84, 3)
+    assert data.train_dataset[1]["image"].std() > 0.05 and data.faults.files == 1
+    data.faults.on_error = "raise"
+    with pytest.raises(BrokenFileError, match="cannot be decoded"):
+        data.train_dataset[0]
+
+
+def test_a_broken_depth_map_is_left_out_of_bounds_and_overlaps(config, own_rooms):
+    broken = sorted((own_rooms / "scenes/room_0000/depth").iterdir())[0]
+    broken.write_bytes(b"")
+    data = config.pipeline.datamanager
+    data.reconstructor, data.pairs, data.on_error = "depth", "overlap", "skip"
+    pipeline = config.pipeline.setup(device="cpu")
+    assert pipeline.datamanager.faults.files == 1 and pipeline.datamanager.triplets.num_pairs > 100
+    assert all(
+        0 not in {*index.context, index.target} for s in range(50) for index in pipeline.datamanager.step_indices(s)
+    )
+    data.on_error = "raise"
+    with pytest.raises(BrokenFileError, match=broken.name):
+        config.pipeline.setup(device="cpu")
 
 
 def finish(config):

@@ -1,7 +1,8 @@
 """Files of images, masks and depth maps to arrays, and arrays to the size that is trained at."""
 
+import io
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 import numpy as np
 import torch
@@ -37,7 +38,7 @@ class DecodedImage(NamedTuple):
     """``stored_size`` divided by the size of ``pixels``: 1, 2, 4 or 8."""
 
 
-def read_image(file: Path, at_least: tuple[int, int]) -> DecodedImage:
+def read_image(file: Path, at_least: tuple[int, int], contents: Optional[bytes] = None) -> DecodedImage:
     """Decode an image, a JPEG at the smallest of its sizes that is not below ``at_least``.
 
     A JPEG is stored as the cosine transforms of 8x8 blocks; leaving out high frequencies gives the image at a half, a
@@ -47,24 +48,57 @@ def read_image(file: Path, at_least: tuple[int, int]) -> DecodedImage:
     Args:
         file: in any format that Pillow reads.
         at_least: height and width that the image will be resized to.
+        contents: of the file, where they have been read already.
 
     Raises:
         BrokenFileError: the file is missing or cannot be decoded.
     """
     try:
-        with open_bytes(file) as stream, Image.open(stream) as image:
+        with open_bytes(file) if contents is None else io.BytesIO(contents) as stream, Image.open(stream) as image:
             width, height = image.size
             reduction = _reduction((height, width), at_least) if image.format == "JPEG" else 1
             if reduction > 1:
                 image.draft(None, (width // reduction, height // reduction))
-            pixels = np.asarray(image.convert("RGB"))
-    except BrokenFileError:
-        raise
-    except FileNotFoundError as error:
-        raise BrokenFileError(f"Image {file} does not exist.") from error
+            pixels = np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
     except UNREADABLE as error:
-        raise BrokenFileError(f"Image {file} cannot be decoded ({error}): restore it or remove the frame.") from error
+        raise _unreadable("Image", file, error) from error
     return DecodedImage(pixels, (height, width), height // pixels.shape[0])
+
+
+def read_bytes(file: Path) -> bytes:
+    """The contents of an image's file.
+
+    Raises:
+        BrokenFileError: it is missing or cannot be read.
+    """
+    try:
+        with open_bytes(file) as stream:
+            return stream.read()
+    except UNREADABLE as error:
+        raise _unreadable("Image", file, error) from error
+
+
+def _unreadable(kind: str, file: Path, error: Exception) -> BrokenFileError:
+    """What is said of a file that cannot be read."""
+    if isinstance(error, BrokenFileError):
+        return error
+    if isinstance(error, FileNotFoundError):
+        return BrokenFileError(f"{kind} {file} does not exist.", file)
+    # Pillow's text for what is no image at all has the address of an object in it
+    reason = "it is no image" if isinstance(error, UnidentifiedImageError) else str(error)
+    return BrokenFileError(f"{kind} {file} cannot be decoded ({reason}): restore it or remove the frame.", file)
+
+
+def _array(file: Path) -> np.ndarray:
+    """A ``.npy`` file's array.
+
+    Raises:
+        ValueError: it holds several arrays.
+    """
+    array = np.load(file, allow_pickle=False)
+    if not isinstance(array, np.ndarray):
+        raise ValueError("it holds several arrays")
+    return array
 
 
 def _reduction(stored: tuple[int, int], at_least: tuple[int, int]) -> int:
@@ -86,14 +120,12 @@ def header_size(file: Path, kind: str) -> tuple[int, int]:
     """
     try:
         if file.suffix == ".npy":
-            height, width = np.load(file, mmap_mode="r", allow_pickle=False).shape[:2]
+            height, width = np.lib.format.open_memmap(file, mode="r").shape[:2]
             return height, width
         with open_bytes(file) as stream, Image.open(stream) as image:
             return image.height, image.width
-    except BrokenFileError:
-        raise
     except UNREADABLE as error:
-        raise BrokenFileError(f"{kind} {file} cannot be decoded ({error}): restore it or remove the frame.") from error
+        raise _unreadable(kind, file, error) from error
 
 
 def read_mask(file: Path) -> Integer[np.ndarray, "h w"]:
@@ -110,26 +142,25 @@ def read_mask(file: Path) -> Integer[np.ndarray, "h w"]:
         return read_saved_ids(file)
     try:
         if file.suffix == ".npy":
-            ids = np.load(file, allow_pickle=False)
+            ids = _array(file)
             if ids.ndim != 2 or ids.dtype.kind not in "iub":
                 raise BrokenFileError(
                     f"Instance mask {file} has shape {ids.shape} and type {ids.dtype}: it must have one channel of "
-                    "integer ids."
+                    "integer ids.",
+                    file,
                 )
-            return ids.astype(np.uint8) if ids.dtype.kind == "b" else ids
-        with Image.open(file) as image:
-            if image.mode not in MASK_MODES:
-                raise BrokenFileError(
-                    f"Instance mask {file} has mode {image.mode}: it must have one channel of integer ids, not colours."
-                )
-            ids = np.asarray(image)
-            return ids.astype(np.uint8) if ids.dtype.kind == "b" else ids
-    except BrokenFileError:
-        raise
-    except FileNotFoundError as error:
-        raise BrokenFileError(f"Instance mask {file} does not exist.") from error
+        else:
+            with Image.open(file) as image:
+                if image.mode not in MASK_MODES:
+                    raise BrokenFileError(
+                        f"Instance mask {file} has mode {image.mode}: it must have one channel of integer ids, not "
+                        "colours.",
+                        file,
+                    )
+                ids = np.asarray(image)
     except UNREADABLE as error:
-        raise BrokenFileError(f"Instance mask {file} cannot be decoded ({error}).") from error
+        raise _unreadable("Instance mask", file, error) from error
+    return ids.astype(np.uint8) if ids.dtype.kind == "b" else ids
 
 
 def read_depth(file: Path, unit: float, image_size: tuple[int, int]) -> Float[np.ndarray, "h w"]:
@@ -148,34 +179,36 @@ def read_depth(file: Path, unit: float, image_size: tuple[int, int]) -> Float[np
     """
     try:
         if file.suffix == ".npy":
-            depth = np.load(file, allow_pickle=False).astype(np.float32) * unit
+            stored = _array(file)
         else:
             with Image.open(file) as image:
-                depth = np.asarray(image).astype(np.float32) * unit
-    except FileNotFoundError as error:
-        raise BrokenFileError(f"Depth map {file} does not exist.") from error
+                stored = np.asarray(image)
+        depth = stored.astype(np.float32) * unit
     except UNREADABLE as error:
-        raise BrokenFileError(f"Depth map {file} cannot be decoded ({error}).") from error
+        raise _unreadable("Depth map", file, error) from error
     if depth.ndim != 2:
-        raise BrokenFileError(f"Depth map {file} has shape {depth.shape}: it must have one channel.")
+        raise BrokenFileError(f"Depth map {file} has shape {depth.shape}: it must have one channel.", file)
     height, width = image_size
     difference = abs(depth.shape[0] * width - depth.shape[1] * height)
     if difference > max(height, width, SHAPE_TOLERANCE * depth.shape[0] * width):
         raise BrokenFileError(
             f"Depth map {file} has {depth.shape[1]}x{depth.shape[0]} pixels, another shape than its image "
-            f"({width}x{height}): depth must be registered to the image."
+            f"({width}x{height}): depth must be registered to the image.",
+            file,
         )
     return np.where(np.isfinite(depth) & (depth > 0), depth, 0).astype(np.float32)
 
 
-def resized(image: UInt8[np.ndarray, "h w 3"], size: tuple[int, int]) -> UInt8[np.ndarray, "H W 3"]:
-    """Resize with a bicubic filter that does not alias: Pillow's result to within one step, several times as fast."""
-    image = np.require(image, requirements=["C", "W"])
-    if image.shape[:2] == size:
-        return image
-    planes = rearrange(torch.from_numpy(image), "h w c -> 1 c h w")
-    larger = F.interpolate(planes, size=size, mode="bicubic", antialias=True, align_corners=False)
-    return np.ascontiguousarray(rearrange(larger[0], "c h w -> h w c").numpy())
+def resized(image: UInt8[np.ndarray, "h w 3"], size: tuple[int, int]) -> UInt8[np.ndarray, "3 H W"]:
+    """Resize with a bicubic filter that does not alias: Pillow's result to within one step, several times as fast.
+
+    Returns:
+        The planes of red, green and blue, as networks want them.
+    """
+    planes = rearrange(torch.from_numpy(np.require(image, requirements=["C", "W"])), "h w c -> 1 c h w")
+    if image.shape[:2] != size:
+        planes = F.interpolate(planes, size=size, mode="bicubic", antialias=True, align_corners=False)
+    return planes[0].contiguous().numpy()
 
 
 def nearest(values: Shaped[np.ndarray, "h w"], size: tuple[int, int]) -> Shaped[np.ndarray, "H W"]:

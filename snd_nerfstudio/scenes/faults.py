@@ -3,12 +3,13 @@
 import threading
 from collections import Counter
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, Optional
 
 from snd_nerfstudio.errors import BrokenFileError, InputError
 
 OnError = Literal["raise", "skip"]
 """What becomes of a triplet whose files cannot be read."""
+Kind = Literal["training", "evaluation"]
 FLAG = "--pipeline.datamanager.on-error"
 EMPTY_STEPS = 25
 """So many steps in a row without any triplet are more than some broken files: a disk that is gone."""
@@ -26,25 +27,27 @@ class Faults:
         self.on_error: OnError = on_error
         self._log = log
         self._lock = threading.Lock()
-        self._seen: Counter[str] = Counter()
+        self._seen: set[str] = set()
+        self._triplets: Counter[str] = Counter()
+        self._latest: Optional[BrokenFileError] = None
         self._empty_steps = 0
 
     @property
-    def count(self) -> int:
-        """How much was left out: triplets, and at the start files."""
-        return sum(self._seen.values())
-
-    @property
     def files(self) -> int:
-        """How many different faults there were."""
+        """How many different files, or things that are wrong with them, there were."""
         return len(self._seen)
 
-    def note(self, error: BrokenFileError, what: str) -> None:
+    def triplets(self, kind: Kind) -> int:
+        """How many triplets were left out of training or evaluation."""
+        return self._triplets[kind]
+
+    def note(self, error: BrokenFileError, what: str, kind: Optional[Kind] = None) -> None:
         """Leave something out, and say so the first time that this file is the reason.
 
         Args:
             error: names the file.
             what: is left out, for the message.
+            kind: of the triplet that is left out; None where it is none.
 
         Raises:
             BrokenFileError: the same error, if nothing may be left out.
@@ -52,8 +55,12 @@ class Faults:
         if self.on_error == "raise":
             raise error
         with self._lock:
-            self._seen[str(error)] += 1
-            first = self._seen[str(error)] == 1
+            fault = str(error if error.file is None else error.file)
+            first = fault not in self._seen
+            self._seen.add(fault)
+            self._latest = error
+            if kind is not None:
+                self._triplets[kind] += 1
         if first:
             self._log(f"[yellow]Left out {what}: {error}")
 
@@ -65,5 +72,5 @@ class Faults:
         """
         self._empty_steps = 0 if triplets else self._empty_steps + 1
         if self._empty_steps >= EMPTY_STEPS:
-            latest = next(reversed(self._seen), "")
+            latest = "" if self._latest is None else self._latest
             raise InputError(f"In the last {EMPTY_STEPS} steps no triplet could be read ({FLAG} skip). {latest}")

@@ -1,6 +1,6 @@
 """Frames on disk as they are trained on: decoded, undistorted, resized, named after a hash of what they depend on.
 
-A file is an ordinary ``.npy`` of bytes (height, width, RGB), which ``np.load`` opens, followed by its key (32 bytes)
+A file is an ordinary ``.npy`` of bytes (RGB, height, width), which ``np.load`` opens, followed by its key (32 bytes)
 and the CRC-32 of all before it (4 bytes, little endian). Nothing is compressed: reading a PNG or a lossless WebP
 takes longer than decoding a JPEG of the same size, and reading from this cache has to take next to nothing.
 """
@@ -78,7 +78,7 @@ class FrameCache:
         """Where a frame is, or would be."""
         return self._files.path(key)
 
-    def get(self, key: str, size: tuple[int, int]) -> UInt8[np.ndarray, "h w 3"] | None:
+    def get(self, key: str, size: tuple[int, int]) -> UInt8[np.ndarray, "3 h w"] | None:
         """The frame in sRGB, or None if there is none that can be read; a damaged file is deleted and reported.
 
         Args:
@@ -87,12 +87,12 @@ class FrameCache:
         """
         return self._files.get(key, lambda contents: decode(contents, key, size))
 
-    def put(self, key: str, image: UInt8[np.ndarray, "h w 3"]) -> bool:
+    def put(self, key: str, image: UInt8[np.ndarray, "3 h w"]) -> bool:
         """Write a frame; readers see all of it or nothing. Returns False if the cache is full or out of disk."""
         return self._files.write(key, encode(image, key))
 
 
-def encode(image: UInt8[np.ndarray, "h w 3"], key: str) -> bytes:
+def encode(image: UInt8[np.ndarray, "3 h w"], key: str) -> bytes:
     """The contents of a frame's file."""
     stream = io.BytesIO()
     np.save(stream, image, allow_pickle=False)
@@ -101,7 +101,7 @@ def encode(image: UInt8[np.ndarray, "h w 3"], key: str) -> bytes:
     return stream.getvalue()
 
 
-def decode(contents: bytes, key: str, size: tuple[int, int]) -> UInt8[np.ndarray, "h w 3"]:
+def decode(contents: bytes, key: str, size: tuple[int, int]) -> UInt8[np.ndarray, "3 h w"]:
     """The frame of a file's contents; it may be written to.
 
     Raises:
@@ -113,6 +113,6 @@ def decode(contents: bytes, key: str, size: tuple[int, int]) -> UInt8[np.ndarray
     if checked[-KEY_BYTES:] != bytes.fromhex(key):
         raise ValueError("the file of another frame")
     image = np.lib.format.read_array(io.BytesIO(contents), allow_pickle=False)
-    if image.dtype != np.uint8 or image.shape != (*size, 3):
-        raise ValueError(f"{image.dtype} of shape {image.shape} instead of bytes of shape {(*size, 3)}")
+    if image.dtype != np.uint8 or image.shape != (3, *size):
+        raise ValueError(f"{image.dtype} of shape {image.shape} instead of bytes of shape {(3, *size)}")
     return image

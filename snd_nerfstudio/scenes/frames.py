@@ -1,5 +1,6 @@
 """All frames of a dataset as arrays, and reading some of them as `Views`."""
 
+import hashlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,13 +13,13 @@ import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Int, Shaped, UInt8
 
-from snd_nerfstudio.checksums import sha256_of
 from snd_nerfstudio.errors import BrokenFileError, InputError
 from snd_nerfstudio.scenes.decoding import (
     SAVED_IDS,
     compact,
     header_size,
     nearest,
+    read_bytes,
     read_depth,
     read_image,
     read_mask,
@@ -26,7 +27,6 @@ from snd_nerfstudio.scenes.decoding import (
 )
 from snd_nerfstudio.scenes.file_list import FileList
 from snd_nerfstudio.scenes.frame_cache import FrameCache
-from snd_nerfstudio.scenes.image_files import open_bytes
 from snd_nerfstudio.scenes.lenses import Lens
 from snd_nerfstudio.scenes.masks.maker import FramePixels, MaskMaker, MaskOrigin
 from snd_nerfstudio.scenes.views import Views
@@ -84,17 +84,23 @@ class Frames:
         return 1e-3 if self.depth_scale is None else float(self.depth_scale[index])
 
     @cached_property
+    def depth_on_disk(self) -> Bool[np.ndarray, "frames"]:
+        """Which frames have a depth map on disk, when this was first asked for."""
+        return np.zeros(len(self), dtype=bool) if self.depth_files is None else _on_disk(self.depth_files)
+
+    @cached_property
     def has_depth(self) -> bool:
         """Whether every frame has a depth map on disk; some alone count as none."""
-        return self.depth_files is not None and bool(_on_disk(self.depth_files).all())
+        return bool(self.depth_on_disk.all())
 
 
-def depth_bounds(frames: Frames, looked_at: int = 48) -> tuple[float, float]:
+def depth_bounds(frames: Frames, looked_at: int = 48, note: Note = raise_it) -> tuple[float, float]:
     """A range of depths that holds nearly all of a dataset: its 0.5 % and 99.5 % quantiles, a tenth wider each.
 
     Args:
         frames: with depth maps.
         looked_at: how many of them, spread evenly.
+        note: called with each map that cannot be read; raises the error, or does not.
 
     Returns:
         Near and far in world units.
@@ -109,9 +115,13 @@ def depth_bounds(frames: Frames, looked_at: int = 48) -> tuple[float, float]:
         )
     measured = []
     for index in np.unique(np.linspace(0, len(frames) - 1, looked_at).round().astype(int)).tolist():
-        depth = read_depth(frames.depth_files[index], frames.depth_unit(index), _stored_size(frames, index))  # type: ignore
+        try:
+            depth = read_depth(frames.depth_files[index], frames.depth_unit(index), _stored_size(frames, index))  # type: ignore
+        except BrokenFileError as error:
+            note(error, "a depth map of those that say near and far")
+            continue
         measured.append(depth[depth > 0][::7])
-    values = np.concatenate(measured)
+    values = np.concatenate(measured) if measured else np.zeros(0)
     if len(values) == 0:
         raise InputError("The depth maps have no valid pixel: give --pipeline.datamanager.near and ...far.")
     near, far = np.quantile(values, [0.005, 0.995])
@@ -176,7 +186,8 @@ def _check_files_exist(frames: Frames, needs_masks: bool, needs_depth: bool, not
             bad = int(np.argmin(present))
             name = files[bad] if files[bad] is not None else f"for {frames.image_files[bad]}"
             missing = int((~present).sum())
-            error = BrokenFileError(f"Missing {kind} {name} ({missing} of {len(present)} are missing): {remedy}.")
+            message = f"Missing {kind} {name} ({missing} of {len(present)} are missing): {remedy}."
+            error = BrokenFileError(message, files[bad])
             if missing > MOST_MISSING * len(present):
                 raise error
             note(error, "triplets with these files")
@@ -220,9 +231,11 @@ def _check_each(indices: Int[np.ndarray, "n"], check: Callable[[int], None], not
         return None
 
     with ThreadPoolExecutor(THREADS) as pool:  # both wait for the disk, and decoding leaves the interpreter free
-        for error in pool.map(fault, indices.tolist()):
-            if error is not None:
-                note(error, "triplets with this frame")
+        errors = [error for error in pool.map(fault, indices.tolist()) if error is not None]
+    if len(errors) > max(MOST_MISSING * len(indices), 1):
+        raise BrokenFileError(f"{errors[0]} ({len(errors)} of the {len(indices)} that were looked at are wrong.)")
+    for error in errors:
+        note(error, "triplets with this frame")
 
 
 def _stored_size(frames: Frames, index: int) -> tuple[int, int]:
@@ -234,7 +247,8 @@ def _check_image_size(frames: Frames, index: int, size: tuple[int, ...]) -> None
     if size != (height, width):
         raise BrokenFileError(
             f"{frames.image_files[index]} has {size[1]}x{size[0]} pixels but its camera was calibrated for "
-            f"{width}x{height}: correct `w` and `h` in the transforms file or restore the image."
+            f"{width}x{height}: correct the calibration's size (`w` and `h` in transforms.json) or restore the image.",
+            frames.image_files[index],
         )
 
 
@@ -242,7 +256,8 @@ def _check_mask_size(file: Path, size: tuple[int, ...], image_size: tuple[int, .
     if size != image_size:
         raise BrokenFileError(
             f"{file} has {size[1]}x{size[0]} pixels but its image has {image_size[1]}x{image_size[0]}: a mask must "
-            "have its image's size."
+            "have its image's size.",
+            file,
         )
 
 
@@ -284,11 +299,12 @@ def load_views(
         def at_size(values: Shaped[np.ndarray, "h w"], lens: Optional[Lens] = lens) -> Shaped[np.ndarray, "H W"]:
             return nearest(values, size) if lens is None else lens.picked(values, size)
 
-        image = _image_at(frames, index, size, lens, frame_cache)
-        images.append(rearrange(torch.from_numpy(image), "h w c -> c h w").float() / 255)
+        image, image_hash = _image_at(frames, index, size, lens, frame_cache, mask_maker is not None)
+        images.append(torch.from_numpy(image))
         intrinsics.append(torch.from_numpy(_intrinsics_at(frames, index, size, lens).astype(np.float32)))
         if mask_maker is not None:
-            masks.append(compact(_made_mask(frames, index, size, mask_maker, image)))
+            colours = np.ascontiguousarray(rearrange(image, "c h w -> h w c"))
+            masks.append(compact(_made_mask(frames, index, size, mask_maker, colours, image_hash)))
         elif with_masks:
             mask_file = _file_of(frames.mask_files, index, image_file, "mask")
             mask = read_mask(mask_file)
@@ -299,7 +315,7 @@ def load_views(
             depths.append(at_size(read_depth(depth_file, frames.depth_unit(index), stored)))
     poses = frames.camera_to_worlds[np.asarray(indices)]
     return Views(
-        images=torch.stack(images),
+        images=torch.stack(images).float().div_(255),
         camera_to_worlds=torch.from_numpy(np.ascontiguousarray(poses)).float(),
         intrinsics=torch.stack(intrinsics),
         masks=torch.from_numpy(np.stack(masks)) if masks else None,
@@ -309,41 +325,51 @@ def load_views(
 
 
 def _image_at(
-    frames: Frames, index: int, size: tuple[int, int], lens: Optional[Lens], cache: Optional[FrameCache]
-) -> UInt8[np.ndarray, "h w 3"]:
-    """A frame's image as it is trained, from the cache where it is in it."""
+    frames: Frames,
+    index: int,
+    size: tuple[int, int],
+    lens: Optional[Lens],
+    cache: Optional[FrameCache],
+    with_hash: bool,
+) -> tuple[UInt8[np.ndarray, "3 h w"], Optional[str]]:
+    """A frame's image as it is trained, from the cache where it is in it, and if wanted the hash of its file.
+
+    The file is read once: what is kept under a hash is what was hashed.
+    """
     file = frames.image_files[index]
-    key = None
-    if cache is not None:
+    contents, image_hash, key = None, None, None
+    if cache is not None or with_hash:
+        contents = read_bytes(file)
+        image_hash = hashlib.sha256(contents).hexdigest()
+    if cache is not None and image_hash is not None:
         height, width = _stored_size(frames, index)
         camera = (float(height), float(width), *(() if lens is None else (*lens.matrix, *lens.distortion)))
-        try:
-            with open_bytes(file) as stream:
-                key = cache.key(sha256_of(stream), size, camera)
-        except OSError as error:
-            raise BrokenFileError(f"Image {file} cannot be read ({error.strerror}).") from error
+        key = cache.key(image_hash, size, camera)
         found = cache.get(key, size)
         if found is not None:
-            return found
-    decoded = read_image(file, size)
+            return found, image_hash
+    decoded = read_image(file, size, contents)
     _check_image_size(frames, index, decoded.stored_size)
     image = resized(decoded.pixels if lens is None else lens.undistorted(decoded.pixels), size)
     if cache is not None and key is not None:
         cache.put(key, image)
-    return image
+    return image, image_hash
 
 
-def mask_origin(frames: Frames, index: int, size: tuple[int, int], uses_depth: bool) -> MaskOrigin:
+def mask_origin(
+    frames: Frames, index: int, size: tuple[int, int], uses_depth: bool, image_hash: Optional[str] = None
+) -> MaskOrigin:
     """What the mask of a frame is made of, where masks are not stored.
 
     Args:
         frames: the dataset.
         index: which frame.
         size: height and width at which it is trained.
-        uses_depth: whether masks follow depth maps; a frame without one does without.
+        uses_depth: whether masks follow depth maps; a frame that had none from the start does without.
+        image_hash: SHA-256 of the image's file, where it is known.
     """
     depth_file = frames.depth_files[index] if uses_depth and frames.depth_files is not None else None
-    if depth_file is not None and not depth_file.is_file():
+    if depth_file is not None and not frames.depth_on_disk[index]:
         depth_file = None
     camera: list[float] = []
     distorted = _is_distorted(frames, index)
@@ -353,14 +379,20 @@ def mask_origin(frames: Frames, index: int, size: tuple[int, int], uses_depth: b
         camera += frames.distortion[index].tolist()  # type: ignore
     if depth_file is not None:
         camera.append(frames.depth_unit(index))
-    return MaskOrigin(frames.image_files[index], size, depth_file, tuple(float(value) for value in camera))
+    numbers = tuple(float(value) for value in camera)
+    return MaskOrigin(frames.image_files[index], size, depth_file, numbers, image_hash)
 
 
 def _made_mask(
-    frames: Frames, index: int, size: tuple[int, int], maker: MaskMaker, image: UInt8[np.ndarray, "h w 3"]
+    frames: Frames,
+    index: int,
+    size: tuple[int, int],
+    maker: MaskMaker,
+    image: UInt8[np.ndarray, "h w 3"],
+    image_hash: Optional[str],
 ) -> Int[np.ndarray, "h w"]:
     """A frame's mask from the maker's cache, or of its image as it is trained and, where there is one, its depth."""
-    origin = mask_origin(frames, index, size, maker.uses_depth)
+    origin = mask_origin(frames, index, size, maker.uses_depth, image_hash)
 
     def pixels() -> FramePixels:
         depth, lens = None, _lens(frames, index)

@@ -12,7 +12,8 @@ from typing import Optional
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from snd_nerfstudio.scenes.frames import Frames, load_depth
+from snd_nerfstudio.errors import BrokenFileError
+from snd_nerfstudio.scenes.frames import Frames, Note, load_depth, raise_it
 
 GRID = (48, 64)
 """Rows and columns at which depth maps are kept for comparing."""
@@ -55,6 +56,7 @@ def scene_geometry(
     near: Optional[float] = None,
     far: Optional[float] = None,
     with_depth: bool = True,
+    note: Note = raise_it,
 ) -> ViewGeometry:
     """What overlaps need of some frames; their depth maps are decoded, and kept at a low resolution.
 
@@ -66,6 +68,8 @@ def scene_geometry(
         near: see `ViewGeometry`; not used with depth maps.
         far: likewise.
         with_depth: use depth maps if each of these frames has one.
+        note: called with each depth map that cannot be read; raises the error, or does not, and then the frame
+            overlaps nothing.
 
     Raises:
         InputError: a depth map is missing or cannot be decoded.
@@ -76,8 +80,16 @@ def scene_geometry(
     depths = None
     files = frames.depth_files
     if with_depth and files is not None and all(files[index] is not None for index in indices):
+
+        def depth_of(index: int) -> Float[np.ndarray, "h w"]:
+            try:
+                return load_depth(frames, index, GRID)
+            except BrokenFileError as error:
+                note(error, "this frame from pairs by overlap")
+                return np.zeros(GRID, dtype=np.float32)
+
         with ThreadPoolExecutor(4) as pool:  # decoding releases the interpreter
-            depths = np.stack(list(pool.map(lambda index: load_depth(frames, int(index), GRID), indices)))
+            depths = np.stack(list(pool.map(depth_of, indices.tolist())))
     return ViewGeometry(frames.camera_to_worlds[indices], intrinsics, depths, near, far)
 
 

@@ -6,11 +6,12 @@ import pytest
 import torch
 from PIL import Image
 
+from data_parsers.any_layout import parse_sides
 from data_parsers.re10k import Re10kScenesConfig
 from data_parsers.scannetpp import ScanNetppScenesConfig
 from snd_nerfstudio.errors import InputError
 from snd_nerfstudio.scenes.image_files import open_bytes
-from tests.scenes.chunk_files import CAMERA, packed, scene, write_chunks
+from tests.scenes.chunk_files import CAMERA, jpeg, packed, scene, write_chunks
 
 
 def parse(root, split="train", **settings):
@@ -165,7 +166,7 @@ def with_cameras(file: Path, change) -> None:
         ),
         (
             lambda r: torch.save([scene("b", 1, images=packed([b"no image"]))], r / "train/000001.torch"),
-            "000001.torch: the first image of scene b cannot be decoded",
+            "000001.torch: no image of scene b can be decoded",
         ),
         (
             lambda r: torch.save([scene("b", 1, images=packed([b""]))], r / "train/000001.torch"),
@@ -177,7 +178,7 @@ def with_cameras(file: Path, change) -> None:
         ),
         (
             lambda r: (r / "test/index.json").write_text(json.dumps({"d": "000000.torch", "a": "000000.torch"})),
-            "Scene a is in the index.json of .*train and of .*test",
+            "Scene a is in .*train and in .*test",
         ),
     ],
 )
@@ -211,6 +212,27 @@ def test_a_scene_held_out_and_trained_on_is_an_error_of_the_whole_dataset(root):
     write_chunks(root / "test", [scene("d"), scene("a")], index=False)
     with pytest.raises(InputError, match="test/000000.torch holds scene a, which .*train/000000.torch holds too"):
         parse(root, "all")
+
+
+def test_a_scene_of_both_sides_is_found_without_an_index(tmp_path):
+    write_chunks(tmp_path / "train", [scene("c"), scene("a", 6)], index=False)
+    write_chunks(tmp_path / "test", [scene("a", 6)], index=False)
+    with pytest.raises(InputError, match=r"Scene a is in .*train and in .*test"):
+        parse_sides(Re10kScenesConfig(data=tmp_path), all_scenes=False)
+
+
+def test_undivided_chunks_are_looked_through_once_for_both_sides(root):
+    parser = Re10kScenesConfig(data=root / "train").setup()
+    assert parser.get_dataparser_outputs("train").metadata["scene_names"] == ["c", "a"]
+    for file in (root / "train").glob("*.torch"):
+        file.write_bytes(b"")
+    assert parser.get_dataparser_outputs("val").metadata["scene_names"] == ["b"]
+
+
+def test_a_first_image_that_cannot_be_decoded_leaves_the_others(tmp_path):
+    images = packed([b"no image", jpeg(1), jpeg(2)])
+    write_chunks(tmp_path, [scene("a", 3, images=images)])
+    assert parse(tmp_path, "all").cameras.width.tolist() == [[24]] * 3
 
 
 def test_a_model_is_trained_on_chunks_with_superpixels_and_mvsplat(

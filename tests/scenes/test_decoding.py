@@ -2,10 +2,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from snd_nerfstudio.errors import InputError
+from snd_nerfstudio.errors import BrokenFileError, InputError
 from snd_nerfstudio.scenes.decoding import (
     compact,
     compact_by_sorting,
+    header_size,
     nearest,
     read_depth,
     read_image,
@@ -61,7 +62,7 @@ def test_reduced_decoding_looks_like_pillows_decoding_and_resizing(tmp_path, siz
     expected = by_pillow(tmp_path / "i.jpg", size).astype(float)
     fast = read_image(tmp_path / "i.jpg", size)
     assert fast.reduction > 1
-    difference = resized(fast.pixels, size) - expected
+    difference = resized(fast.pixels, size).transpose(1, 2, 0) - expected
     assert np.sqrt((difference**2).mean()) < 2.5  # of 255: above 40 dB
     assert abs(difference.mean()) < 0.2
 
@@ -83,7 +84,7 @@ def test_reduced_decoding_shifts_nothing(tmp_path):
 def test_resizing_is_pillows_to_within_a_step(size):
     image = photo(100, 150)
     expected = np.asarray(Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.BICUBIC)).astype(int)
-    assert np.abs(resized(image, size).astype(int) - expected).max() <= 1
+    assert np.abs(resized(image, size).transpose(1, 2, 0).astype(int) - expected).max() <= 1
 
 
 def test_grey_and_transparent_images_become_colours(tmp_path):
@@ -133,3 +134,22 @@ def test_masks_keep_their_type_and_depth_its_units(tmp_path):
     assert read_mask(tmp_path / "m.png").tolist() == [[0, 40_000]]
     np.save(tmp_path / "d.npy", np.array([[1500.0, np.nan], [-3.0, np.inf]]))
     np.testing.assert_allclose(read_depth(tmp_path / "d.npy", 1e-3, (2, 2)), [[1.5, 0], [0, 0]])
+
+
+def test_several_arrays_in_one_file_are_refused(tmp_path):
+    np.savez(tmp_path / "several", a=np.zeros((2, 2)), b=np.zeros(3))
+    (tmp_path / "several.npz").rename(tmp_path / "d.npy")
+    for read in (lambda file: read_depth(file, 1.0, (2, 2)), read_mask, lambda file: header_size(file, "Depth map")):
+        with pytest.raises(BrokenFileError, match=r"d\.npy cannot be decoded") as caught:
+            read(tmp_path / "d.npy")
+        assert caught.value.file == tmp_path / "d.npy"
+
+
+def test_what_is_said_of_a_file_that_is_no_image_is_the_same_each_time(tmp_path):
+    (tmp_path / "i.jpg").write_bytes(b"not an image")
+    said = set()
+    for _ in range(3):
+        with pytest.raises(BrokenFileError) as caught:
+            read_image(tmp_path / "i.jpg", (1, 1), b"not an image either")
+        said.add(str(caught.value))
+    assert len(said) == 1 and "it is no image" in said.pop()

@@ -1,21 +1,29 @@
+from pathlib import Path
+
 import pytest
 
 from snd_nerfstudio.errors import BrokenFileError, InputError
 from snd_nerfstudio.scenes.faults import EMPTY_STEPS, Faults
 
 
+def damaged(name, reason="damaged"):
+    return BrokenFileError(f"{name} is {reason}", Path(name))
+
+
 def test_an_error_ends_the_run_unless_it_may_be_skipped():
     with pytest.raises(BrokenFileError, match="a.png is damaged"):
-        Faults("raise").note(BrokenFileError("a.png is damaged"), "a triplet")
+        Faults("raise").note(damaged("a.png"), "a triplet")
 
 
-def test_every_fault_is_counted_and_every_file_is_told_once():
+def test_triplets_are_counted_by_kind_and_every_file_is_told_once():
     told = []
     faults = Faults("skip", told.append)
-    for name in ("a", "b", "a", "a"):
-        faults.note(BrokenFileError(f"{name}.png is damaged"), "a triplet")
-    assert faults.count == 4 and faults.files == 2
-    assert [line.split()[-3] for line in told] == ["a.png", "b.png"]
+    for name, reason in (("a.png", "damaged"), ("b.png", "damaged"), ("a.png", "gone"), ("a.png", "gone")):
+        faults.note(damaged(name, reason), "a triplet", "training")
+    faults.note(damaged("c.png"), "a triplet", "evaluation")
+    faults.note(damaged("c.png"), "a picture")
+    assert faults.triplets("training") == 4 and faults.triplets("evaluation") == 1 and faults.files == 3
+    assert [line.split()[-3] for line in told] == ["a.png", "b.png", "c.png"]
 
 
 def test_many_steps_without_anything_to_read_are_an_error():

@@ -27,7 +27,7 @@ def key_of(number: int) -> str:
 
 
 def frame(number=0, size=SIZE):
-    return np.random.default_rng(number).integers(256, size=(*size, 3)).astype(np.uint8)
+    return np.random.default_rng(number).integers(256, size=(3, *size)).astype(np.uint8)
 
 
 def open_cache(folder, limit=PLENTY):
@@ -50,10 +50,10 @@ def test_a_frame_comes_back_exactly_and_may_be_written_to(tmp_path):
 @pytest.mark.parametrize("layout", ["transposed", "every other column", "Fortran order", "read-only"])
 def test_any_array_of_the_frame_s_pixels_will_do(tmp_path, layout):
     given = {
-        "transposed": lambda: frame(0, SIZE[::-1]).transpose(1, 0, 2),
-        "every other column": lambda: frame(0, (20, 60))[:, ::2],
+        "transposed": lambda: frame(0, SIZE[::-1]).transpose(0, 2, 1),
+        "every other column": lambda: frame(0, (20, 60))[:, :, ::2],
         "Fortran order": lambda: np.asfortranarray(frame()),
-        "read-only": lambda: np.frombuffer(frame().tobytes(), np.uint8).reshape(*SIZE, 3),
+        "read-only": lambda: np.frombuffer(frame().tobytes(), np.uint8).reshape(3, *SIZE),
     }[layout]()
     cache, _ = open_cache(tmp_path)
     assert cache.put(key_of(0), given) and np.array_equal(cache.get(key_of(0), SIZE), given)
@@ -180,7 +180,7 @@ if os.geteuid() == 0:  # root may write everywhere
     os.setgid(65534)
     os.setuid(65534)
 cache = FrameCache(Path("frames"), 1e9)
-print(cache.get(sys.argv[2], (20, 30)).sum(), cache.put("ab" * 32, np.zeros((20, 30, 3), np.uint8)))
+print(cache.get(sys.argv[2], (20, 30)).sum(), cache.put("ab" * 32, np.zeros((3, 20, 30), np.uint8)))
 """
 
 

@@ -11,8 +11,8 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
-from snd_nerfstudio.checksums import sha256, sha256_of
-from snd_nerfstudio.errors import InputError
+from snd_nerfstudio.checksums import sha256_of
+from snd_nerfstudio.errors import BrokenFileError
 from snd_nerfstudio.scenes.image_files import open_bytes
 from snd_nerfstudio.scenes.masks.cache import MaskCache
 from snd_nerfstudio.scenes.masks.sam import SamSegmenter, SamSettings
@@ -38,6 +38,8 @@ class MaskOrigin:
     """None where depth is not looked at, or the frame has none."""
     camera: tuple[float, ...]
     """Intrinsics, distortion and the depth's unit as far as the mask depends on them."""
+    image_hash: str | None = None
+    """SHA-256 of the image's file, where it was read already."""
 
 
 @dataclass(frozen=True)
@@ -82,14 +84,10 @@ class MaskMaker:
         """Name of a frame's mask in the cache.
 
         Raises:
-            InputError: a file cannot be read.
+            BrokenFileError: a file cannot be read.
         """
-        try:
-            depth = None if origin.depth_file is None else sha256(origin.depth_file)
-            with open_bytes(origin.image_file) as stream:
-                image = sha256_of(stream)
-        except OSError as error:
-            raise InputError(f"{error.filename} cannot be read ({error}): restore it or remove the frame.") from error
+        depth = None if origin.depth_file is None else _hash(origin.depth_file, "Depth map")
+        image = origin.image_hash or _hash(origin.image_file, "Image")
         described = [self.cache.settings_key, image, origin.size, depth, origin.camera]
         return hashlib.sha256(json.dumps(described).encode()).hexdigest()
 
@@ -118,6 +116,17 @@ class MaskMaker:
             made = self.segmenter.segment(content.image, content.depth, content.intrinsics)
             self.cache.put(key, made)
         return made
+
+
+def _hash(file: Path, kind: str) -> str:
+    try:
+        with open_bytes(file) as stream:
+            return sha256_of(stream)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise BrokenFileError(
+            f"{kind} {file} cannot be read ({reason}): restore it or remove the frame.", file
+        ) from error
 
 
 def mask_folder(cache: Path | None, data: Path) -> Path:
