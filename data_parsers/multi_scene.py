@@ -1,6 +1,5 @@
 """What our dataparsers share: many scenes in one DataparserOutputs, and how some of them are held out."""
 
-import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -100,23 +99,6 @@ def find_transforms(root: Path) -> list[Path]:
     if not files:
         raise InputError(f"--data {root}: no transforms.json there nor in its sub-folders.")
     return files
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        InputError: the file cannot be read or is not a JSON object.
-    """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{file} cannot be read ({error.strerror}).") from error
-    except ValueError as error:
-        raise InputError(f"{file} is not valid JSON ({error}).") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{file} must hold a JSON object with `frames`.")
-    return content
 
 
 def read_poses(matrices: Sequence[Any], file: Path, images: Sequence[str]) -> Float[np.ndarray, "n 4 4"]:

@@ -20,12 +20,12 @@ from data_parsers.multi_scene import (
     find_transforms,
     natural_key,
     read_cameras,
-    read_json,
     read_poses,
     split_scenes,
     to_outputs,
 )
 from snd_nerfstudio.errors import InputError
+from snd_nerfstudio.json_files import read_object
 from snd_nerfstudio.scenes.file_list import FileList
 
 
@@ -58,7 +58,7 @@ class NerfstudioScenes(DataParser):
 
     def _read_scene(self, transforms: str) -> Scene:
         file = Path(transforms)
-        content = read_json(file)
+        content = read_object(file)
         described = content.get("frames") or []
         if not described:
             raise InputError(f"{file} has no frames.")

@@ -35,12 +35,12 @@ from data_parsers.multi_scene import (
     find_transforms,
     places_in_capture,
     read_cameras,
-    read_json,
     read_poses,
     split_scenes,
     to_outputs,
 )
 from snd_nerfstudio.errors import InputError
+from snd_nerfstudio.json_files import read_object
 from snd_nerfstudio.scenes.file_list import FileList
 
 VIDEOS = (".mp4", ".mov", ".mkv", ".avi", ".webm")
@@ -79,7 +79,7 @@ class VideoScenes(DataParser):
 
     def _read_scene(self, transforms: str) -> Scene:
         file = Path(transforms)
-        content = read_json(file)
+        content = read_object(file)
         described = sorted(_numbered(content, file), key=lambda frame: frame["frame_index"])
         numbers = [frame["frame_index"] for frame in described]
         if len(set(numbers)) < len(numbers):

@@ -30,11 +30,11 @@ from data_parsers.multi_scene import (
     Scene,
     Split,
     natural_key,
-    read_json,
     split_scenes,
     to_outputs,
 )
 from snd_nerfstudio.errors import InputError
+from snd_nerfstudio.json_files import read_object
 from snd_nerfstudio.scenes.chunks import SUFFIX, Chunk, frame_name, read_chunk
 from snd_nerfstudio.scenes.file_list import FileList
 
@@ -164,7 +164,7 @@ def _listed(side: Path, files: Sequence[Path]) -> dict[str, str]:
     index = side / "index.json"
     if not index.is_file():
         return {}
-    listed = {key: str(name) for key, name in read_json(index).items()}
+    listed = {key: str(name) for key, name in read_object(index).items()}
     present = {file.name for file in files}
     missing = sorted({name for name in listed.values() if name not in present})
     if missing:

@@ -37,12 +37,12 @@ from data_parsers.multi_scene import (
     Split,
     natural_key,
     read_cameras,
-    read_json,
     read_poses,
     split_by_lists,
     to_outputs,
 )
 from snd_nerfstudio.errors import InputError
+from snd_nerfstudio.json_files import read_object
 from snd_nerfstudio.scenes.file_list import FileList
 
 TRAIN_LIST = "nvs_sem_train.txt"
@@ -166,7 +166,7 @@ class ScanNetppScenes(DataParser):
     def _read_scene(self, name: str) -> Scene:
         files = self._files(name)
         file = files.transforms
-        content = read_json(file)
+        content = read_object(file)
         described: dict[str, dict[str, Any]] = {}
         # the published tool appended the test frames to `frames`, so some files hold them twice
         for frame in [*content.get("frames", []), *content.get("test_frames", [])]:

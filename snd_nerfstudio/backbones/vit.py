@@ -132,11 +132,19 @@ class TokenBackbone(nn.Module):
             InputError: the image is smaller than one patch.
             ValueError: there is no such block.
         """
+        return self.prepared_tokens(self.prepared(images), block, norm)
+
+    def prepared_tokens(self, prepared: Float[Tensor, "b 3 h w"], block: int = -1, norm: bool = True) -> Tokens:
+        """`tokens` of images that are normalised already, and whose sides are multiples of the patch.
+
+        Raises:
+            ValueError: there is no such block.
+        """
         if not -self.blocks <= block < self.blocks:
             raise ValueError(f"block {block} was asked for, {self.spec.architecture} has {self.blocks}")
         has_class = getattr(self.vit, "cls_token", None) is not None
         found = self.vit.forward_intermediates(  # type: ignore
-            self.prepared(images),
+            prepared,
             indices=[block % self.blocks],
             return_prefix_tokens=has_class,
             norm=norm,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from snd_nerfstudio.backbones.registry import IMAGENET_MEAN, IMAGENET_STD, PositionEmbedding
 from snd_nerfstudio.backbones.variants import ConcatenatedBackbone, RefinedBackbone
-from snd_nerfstudio.backbones.vit import TokenBackbone, Tokens
+from snd_nerfstudio.backbones.vit import Tokens
 from snd_nerfstudio.errors import InputError
 from snd_nerfstudio.probing.matching import FeatureMap
 from snd_nerfstudio.probing.models import ProbeModel, vision_transformers
@@ -183,13 +183,10 @@ def _tokens(
     backbone: nn.Module, prepared: Float[Tensor, "b 3 H W"], block: int, norm: bool
 ) -> tuple[Float[Tensor, "b h w c"], Optional[Float[Tensor, "b d"]]]:
     """Patch tokens and class token, which may differ in channels."""
-    if isinstance(backbone, TokenBackbone):
-        found = _transformer_tokens(backbone, prepared, block, norm)
-        return found.patches, found.class_token
     if isinstance(backbone, RefinedBackbone):
         if block not in (-1, backbone.backbone.blocks - 1):
             raise InputError("--features.block: MEF's convolution lies behind the last block, so give -1.")
-        raw = _transformer_tokens(backbone.backbone, prepared, block, norm=False)
+        raw = backbone.backbone.prepared_tokens(prepared, block, norm=False)
         final_norm: nn.Module = backbone.backbone.vit.norm  # type: ignore
         grid = backbone.refine(rearrange(final_norm(raw.patches), "b h w c -> b c h w"))
         class_token = raw.class_token
@@ -202,21 +199,3 @@ def _tokens(
         return torch.cat([original, fine_tuned], dim=-1), class_token
     found = backbone.prepared_tokens(prepared, block, norm)  # type: ignore
     return found.patches, found.class_token
-
-
-def _transformer_tokens(backbone: TokenBackbone, prepared: Float[Tensor, "b 3 H W"], block: int, norm: bool) -> Tokens:
-    """As `TokenBackbone.tokens`, of images that are prepared already."""
-    if not -backbone.blocks <= block < backbone.blocks:
-        raise ValueError(f"block {block} was asked for, {backbone.spec.architecture} has {backbone.blocks}")
-    has_class = getattr(backbone.vit, "cls_token", None) is not None
-    found = backbone.vit.forward_intermediates(  # type: ignore
-        prepared,
-        indices=[block % backbone.blocks],
-        return_prefix_tokens=has_class,
-        norm=norm,
-        output_fmt="NCHW",
-        intermediates_only=True,
-        stop_early=True,
-    )[0]
-    patches, prefix = found if has_class else (found, None)
-    return Tokens(rearrange(patches, "b c h w -> b h w c"), None if prefix is None else prefix[:, 0])

@@ -7,7 +7,8 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from snd_nerfstudio.errors import InputError
-from snd_nerfstudio.scenes.toolkit.tree import ToolkitScene, read_object
+from snd_nerfstudio.json_files import read_object
+from snd_nerfstudio.scenes.toolkit.tree import ToolkitScene
 
 LARGEST_ID = 65_535
 """Instance ids are written in 16 bits."""

@@ -10,7 +10,6 @@
 Layout and keys are those of the dataset's documentation and toolkit (C. Yeshwanth et al., ICCV 2023).
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
@@ -19,6 +18,7 @@ import numpy as np
 from jaxtyping import Float
 
 from snd_nerfstudio.errors import InputError
+from snd_nerfstudio.json_files import read_object
 from snd_nerfstudio.scenes.rooms.cameras import opencv_from_stored
 from snd_nerfstudio.scenes.toolkit.fisheye import FisheyeCamera
 
@@ -152,23 +152,6 @@ def _camera(content: dict[str, Any], file: Path) -> FisheyeCamera:
         height=round(values["h"]),
         width=round(values["w"]),
     )
-
-
-def read_object(file: Path) -> dict[str, Any]:
-    """Reads a JSON object.
-
-    Raises:
-        InputError: the file is missing, or holds something else.
-    """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{file} cannot be read ({error.strerror}).") from error
-    except ValueError as error:
-        raise InputError(f"{file} is not valid JSON ({error}).") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{file} must hold a JSON object.")
-    return content
 
 
 def find_scenes(root: Path, wanted: Optional[list[str]] = None) -> list[ToolkitScene]:
