@@ -183,6 +183,12 @@ def test_depth_of_the_nearest_tokens_is_measured(probe):
     assert 0 < found.last["rmse"] < 8
 
 
+def test_the_bank_of_tokens_is_never_larger_than_asked_for_and_of_all_images(probe):
+    probe("nearest", "--limit", 6, "--neighbours", 4, "--most-tokens", 12)
+    both = probe("nearest", "--limit", 6, "--neighbours", 4, "--most-tokens", 48)
+    assert {found.details["bank_tokens"] for found in both} == {12, 48}
+
+
 def test_keypoints_are_carried(probe, tree):  # noqa: F811
     (found,) = probe("keypoints", "--longest-side", 56, data=tree)
     assert found.what.dataset.name == "spair" and found.what.dataset.samples == {"test": 2}

@@ -4,6 +4,7 @@ The same results give the same bytes, in whatever order they are given.
 """
 
 import csv
+import hashlib
 import io
 import json
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,7 @@ from importlib.resources import files
 from typing import Any, Literal, Optional
 
 from snd_nerfstudio.errors import InputError
-from snd_nerfstudio.probing.results import Measurement, ProbeResult
+from snd_nerfstudio.probing.results import Measurement, ProbeResult, plain
 
 Which = Literal["last", "best"]
 Format = Literal["markdown", "csv", "latex"]
@@ -35,6 +36,8 @@ SHOWN: dict[str, tuple[str, ...]] = {
     "segmentation": ("aAcc", "mIoU", "mAcc"),
 }
 """Metrics in the tables; of other tasks all. CSV has all of all."""
+BOOKKEEPING = ("protocol", "more_lrs", "repeats", "cache_folder", "cache_limit_gb", "save_every", "workers", "seed")
+"""Settings that change nothing of how one head is trained and tested, or that tell heads apart by themselves."""
 LOWER_IS_BETTER = ("abs_rel", "rmse", "rmse_log", "log10", "silog", "sq_rel", "mean", "median", "rmse_pooled")
 """Of every other metric more is better."""
 NAMES = {"abs_rel": "AbsRel", "rmse": "RMSE", "d1": "δ1", "d2": "δ2", "d3": "δ3"}
@@ -146,17 +149,19 @@ def _order(result: ProbeResult) -> tuple[str, ...]:
 
 
 def _table(task: str, results: Sequence[ProbeResult], which: Which) -> Table:
-    labels = _labels(results)
+    labels, conditions = _labels(results), _conditions(results)
     columns: dict[Column, None] = {}
     values: dict[str, dict[Column, tuple[float, Optional[float]]]] = {}
     for result in results:
         what = result.what
         row = values.setdefault(labels[what.key], {})
         for metric, value in _metrics(result, which).items():
-            column = Column(what.dataset.name, what.protocol, metric)
+            column = Column(what.dataset.name, conditions[what.key], metric)
             columns[column] = None
             if value is not None:
-                row[column] = value, paper_value(task, what.dataset.name, metric, what.description)
+                comparable = conditions[what.key] == what.protocol
+                paper = paper_value(task, what.dataset.name, metric, what.description) if comparable else None
+                row[column] = value, paper
     best = {}
     for column in columns:
         best[column] = _best(column.metric, [row[column][0] for row in values.values() if column in row])
@@ -165,6 +170,40 @@ def _table(task: str, results: Sequence[ProbeResult], which: Which) -> Table:
         for label, row in sorted(values.items())
     ]
     return Table(task, list(columns), rows, _notes(task, results, rows, which))
+
+
+def _conditions(results: Sequence[ProbeResult]) -> dict[str, str]:
+    """Protocol of each result by its key, with what was changed of it, and told apart by the copy of the data: only
+    what was measured alike stands in one column."""
+    names, copies = {}, {}
+    for result in results:
+        what = result.what
+        changed = _changed(what)
+        names[what.key] = f"{what.protocol}, changed: {' '.join(changed)}" if changed else what.protocol
+        used = [what.dataset.content_hash, what.dataset.split_rule, sorted(what.dataset.samples.items())]
+        used.append([what.config.get(name) for name in changed])
+        copies[what.key] = hashlib.sha256(json.dumps(used, default=str).encode()).hexdigest()[:6]
+    places: dict[tuple[str, str], set[str]] = {}
+    for result in results:
+        places.setdefault((result.what.dataset.name, names[result.what.key]), set()).add(copies[result.what.key])
+    return {
+        what.key: name + (f" #{copies[what.key]}" if len(places[what.dataset.name, name]) > 1 else "")
+        for what, name in ((result.what, names[result.what.key]) for result in results)
+    }
+
+
+def _changed(what: Measurement) -> list[str]:
+    """Settings of a linear probe that are not its protocol's."""
+    from snd_nerfstudio.probing.protocols import PROBES
+
+    if what.task not in PROBES or what.protocol not in ("paper", "fixed", "smoke"):
+        return []
+    usual = plain(getattr(PROBES[what.task], what.protocol)())
+    return [
+        name
+        for name, value in what.config.items()
+        if name not in BOOKKEEPING and name in usual and value != usual[name]
+    ]
 
 
 def _metrics(result: ProbeResult, which: Which) -> dict[str, Optional[float]]:

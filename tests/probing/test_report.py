@@ -142,6 +142,25 @@ def test_results_with_other_settings_get_rows_of_their_own():
     assert labels == {f"a #{entry.what.key[:6]}" for entry in both} and len(labels) == 2
 
 
+def test_only_what_was_measured_alike_stands_in_one_column():
+    usual = result("a", {"rmse": 1.0}, about=SMALL_SND, config={"iterations": 307_200, "seed": 1})
+    short = result("b", {"rmse": 0.5}, about=SMALL_SND, config={"iterations": 10, "seed": 1})
+    (table,) = make_tables([usual, short])
+    rows = dict(table.rows)
+    assert rows["a"] == {Column("scannetpp", "paper", "rmse"): Cell(1.0, 0.3299)}
+    # the paper's figure is not beside what was measured otherwise, and nothing is best of different things
+    assert rows["b"] == {Column("scannetpp", "paper, changed: iterations", "rmse"): Cell(0.5)}
+
+
+def test_other_copies_of_a_dataset_have_columns_of_their_own():
+    one = result("a", {"rmse": 1.0}, about=SMALL_SND)
+    fewer = replace(one.what.dataset, content_hash="other", samples={"test": 1})
+    (table,) = make_tables([one, replace(one, what=replace(one.what, model="b", dataset=fewer))])
+    columns = {column.protocol for column in table.columns}
+    assert len(columns) == 2 and all(column.startswith("paper #") for column in columns)
+    assert not any(cell.best or cell.paper for _, row in table.rows for cell in row.values())
+
+
 def test_protocols_are_told_apart_wherever_the_paper_is_beside():
     fixed = make_tables([result("a", about=SMALL_SND, protocol="fixed")])[0].notes
     paper = make_tables([result("a", about=SMALL_SND, protocol="paper")])[0].notes

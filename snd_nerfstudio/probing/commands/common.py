@@ -46,6 +46,8 @@ class Flags:
     """Folder for results, pictures and trained heads. A result that is there already is not measured again."""
     device: str = "auto"
     """Where to compute: cpu, cuda, or auto, which takes a GPU if there is one."""
+    split_seed: int = 0
+    """Of random splits, where a dataset has no published one: another one tests on other images."""
     limit: Optional[int] = None
     """Use so many samples (or pairs) of each split, spread evenly. None: all."""
     again: bool = False
@@ -204,7 +206,7 @@ def spread(total: int, count: int) -> list[int]:
     return np.unique(np.linspace(0, total - 1, min(count, total)).round().astype(int)).tolist() if total else []
 
 
-def open_splits(flags: Flags, task: Any, protocol: str, seed: int) -> tuple[ProbeDataset, ProbeDataset]:
+def open_splits(flags: Flags, task: Any, protocol: str) -> tuple[ProbeDataset, ProbeDataset]:
     """Training and test images of a dataset.
 
     Raises:
@@ -215,7 +217,7 @@ def open_splits(flags: Flags, task: Any, protocol: str, seed: int) -> tuple[Prob
     found = []
     for split in ("train", "test"):
         dataset = open_dataset(
-            flags.dataset, flags.data, task, split, "paper" if protocol == "paper" else "fixed", seed
+            flags.dataset, flags.data, task, split, "paper" if protocol == "paper" else "fixed", flags.split_seed
         )
         if len(dataset) == 0:
             raise InputError(f"--data {flags.data} has no image to {split} on: look with --check.")

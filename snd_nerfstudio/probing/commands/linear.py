@@ -67,7 +67,7 @@ class Linear(Flags):
         device = chosen_device(self.device)
         if settings.protocol == "smoke" and self.limit is None:
             self.limit = SMOKE_IMAGES
-        train, test = open_splits(self, TASKS[type(settings)], settings.protocol, settings.seed)
+        train, test = open_splits(self, TASKS[type(settings)], settings.protocol)
         objective = make_objective(settings, train, test)
         models = open_models(self.models, settings.seed, device)
         record = record_of(train, test)
@@ -80,14 +80,15 @@ class Linear(Flags):
         if missing:
             keys = [what.key for model in missing for what in planned[model.label]]
             run = hashlib.sha256("".join(keys).encode()).hexdigest()[:12]
-            folder = self.out / RUNS / file_word(f"{test.task}-{record.name}-{settings.protocol}-{run}")
-            if self.again:
-                (folder / STATE_FILE).unlink(missing_ok=True)
+            again = "-again" if self.again else ""  # of its own, so that it too goes on when it was killed
+            folder = self.out / RUNS / file_word(f"{test.task}-{record.name}-{settings.protocol}-{run}{again}")
             with _progress() as progress:
                 trained = run_linear(missing, train, test, settings, folder, device, progress)
             for entry in trained:
                 what = next(what for what in planned[entry.model] if what.variant == plain(entry.variant))
                 done[entry.model].append(self._written(what, entry, device))
+            if self.again:
+                (folder / STATE_FILE).unlink(missing_ok=True)  # the next time is anew again
         results = [result for model in models for result in done[model.label]]
         draw_predictions(self, models, results, objective, device)
         show(results, self.out)

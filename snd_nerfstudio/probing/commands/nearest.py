@@ -54,7 +54,7 @@ class Nearest(Flags):
         device = chosen_device(self.device)
         if self.protocol == "smoke" and self.limit is None:
             self.limit = SMOKE_IMAGES
-        train, test = open_splits(self, "depth", self.protocol, self.nearest.seed)
+        train, test = open_splits(self, "depth", self.protocol)
         models = open_models(self.models, self.nearest.seed, device)
         record = record_of(train, test)
         config = plain({"nearest": self.nearest, "features": self.features})
@@ -74,10 +74,18 @@ class Nearest(Flags):
     @torch.no_grad()
     def _measure(self, model: ProbeModel, train: ProbeDataset, test: ProbeDataset, step: Callable[[], None]) -> Found:
         tokens, depths = [], []
-        for image, depth in _samples(train):
+        most = self.nearest.most_tokens
+        # of each image alike, so that no more than the bank is ever held
+        share = None if most is None else max(-(-most // len(train)), 1)
+        for number, (image, depth) in enumerate(_samples(train)):
             grid = self._tokens(model, image)
-            tokens.append(grid.flatten(0, 1))
-            depths.append(token_depths(torch.from_numpy(depth), (grid.shape[0], grid.shape[1])).flatten())
+            known = token_depths(torch.from_numpy(depth), (grid.shape[0], grid.shape[1])).flatten()
+            kept = torch.nonzero(known > 0)[:, 0]
+            if share is not None and len(kept) > share:
+                generator = torch.Generator().manual_seed(1_000_003 * self.nearest.seed + number)
+                kept = kept[torch.randperm(len(kept), generator=generator)[:share].sort().values]
+            tokens.append(grid.flatten(0, 1)[kept.to(grid.device)])
+            depths.append(known[kept])
             step()
         bank = make_bank(torch.cat(tokens), torch.cat(depths).to(tokens[0].device), self.nearest)
         errors = []
