@@ -17,6 +17,7 @@ Formats: ScanNet's README and ``SensReader``. Depth is resized to its colour ima
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Optional, Tuple, Type
@@ -131,10 +132,10 @@ class ScanNetScenes(DataParser):
         self._lost[name] = int((~tracked).sum())
         masks = next((place for kind in MASK_FOLDERS if (place := folder / kind).is_dir()), None)
         depths = folder / "depth" if (folder / "depth").is_dir() else None
-        camera = self._camera(folder, folder / "color" / images[0])
-        if depths is not None:
-            self._loose[name] = _registration_error(folder, camera, depths / f"{stems[0]}.png")
         kept = np.flatnonzero(tracked)
+        camera = self._camera(folder, [folder / "color" / images[index] for index in kept])
+        if depths is not None:
+            self._loose[name] = _registration_error(folder, camera, depths / f"{stems[kept[0]]}.png")
 
         def files(place: Optional[Path]) -> Optional[FileList]:
             return None if place is None else FileList.of(place / f"{stems[index]}.png" for index in kept)
@@ -149,9 +150,9 @@ class ScanNetScenes(DataParser):
             depths=files(depths),
         )
 
-    def _camera(self, folder: Path, image: Path) -> Float[np.ndarray, "12"]:
-        """``CAMERA_KEYS`` of the colour camera, at the size of the images."""
-        width, height = _image_size(image)
+    def _camera(self, folder: Path, images: Sequence[Path]) -> Float[np.ndarray, "12"]:
+        """``CAMERA_KEYS`` of the colour camera, at the size of the first image that can be read."""
+        width, height = _first_size(images)
         file, matrix = _intrinsics(folder, COLOUR_INTRINSICS)
         calibrated = np.array(self.config.calibrated_size or (width, height), dtype=np.float64)
         # ScanNet's tools count pixels from their centres, we from their corners
@@ -215,6 +216,18 @@ def _read_matrix(file: Path) -> Float[np.ndarray, "4 4"]:
 def _intrinsics(folder: Path, places: Sequence[str]) -> tuple[Path, Float[np.ndarray, "4 4"]]:
     file = next((found for place in places if (found := folder / place).is_file()), folder / places[0])
     return file, _read_matrix(file)
+
+
+def _first_size(images: Sequence[Path]) -> tuple[int, int]:
+    """Width and height of the first of some images that can be read.
+
+    Raises:
+        InputError: none can; it names the first.
+    """
+    for image in images:
+        with suppress(InputError):
+            return _image_size(image)
+    return _image_size(images[0])
 
 
 def _image_size(file: Path) -> tuple[int, int]:

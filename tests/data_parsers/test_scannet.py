@@ -172,7 +172,10 @@ def remove(name):
         (lambda f: (f / "pose/1.txt").write_text("1 0 0 0"), "pose/1.txt holds 4 numbers, not a 4x4 matrix"),
         (lambda f: (f / "pose/1.txt").write_text("a pose"), "pose/1.txt is no text file of numbers"),
         (lambda f: [write_matrix(f / f"pose/{n}.txt", LOST) for n in range(4)], "none of the 4 poses is finite"),
-        (lambda f: (f / "color/0.jpg").write_text("no picture"), "color/0.jpg cannot be decoded"),
+        (
+            lambda f: [image.write_text("no picture") for image in (f / "color").iterdir()],
+            "color/0.jpg cannot be decoded",
+        ),
         (lambda f: [file.rename(file.with_stem(f"x{file.stem}")) for file in (f / "color").iterdir()], "no numbered"),
     ],
 )
@@ -181,6 +184,12 @@ def test_what_is_wrong_with_a_scene_is_named(tmp_path, damage, message):
     damage(tmp_path / "scene0000_00")
     with pytest.raises(InputError, match=message):
         parse(tmp_path)
+
+
+def test_the_size_is_that_of_the_first_image_that_can_be_read(tmp_path):
+    small_scene(tmp_path / "scene0000_00", size=(6, 4))
+    (tmp_path / "scene0000_00/color/0.jpg").write_text("no picture")
+    assert parse(tmp_path, "all").cameras.width.tolist() == [[6]] * 4
 
 
 def test_triplets_for_training_come_from_every_scene(exported):
