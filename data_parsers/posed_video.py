@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional, Type
@@ -174,9 +175,10 @@ def extract(video: Path, folder: Path, sizes: Mapping[int, tuple[int, int]]) -> 
             with_progress = track(
                 _decoded(video, missing), f"Frames of {video.name}", len(missing), console=CONSOLE, transient=True
             )
-            for number, image in with_progress:
-                _check_size(video, number, (image.shape[1], image.shape[0]), sizes[number])
-                _write(files[number], image)
+            with closing(with_progress):  # type: ignore  # its thread would outlive an error
+                for number, image in with_progress:
+                    _check_size(video, number, (image.shape[1], image.shape[0]), sizes[number])
+                    _write(files[number], image)
     except OSError as error:
         raise InputError(
             f"{kept} cannot be written to ({error.strerror}): make room, or give another folder with video-scenes "

@@ -2,6 +2,7 @@
 
 import json
 import math
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Optional
@@ -89,10 +90,9 @@ class Inspect:
             for place in np.linspace(0, len(scenes) - 1, min(self.checked_scenes, len(scenes))).astype(int)
         }
         worlds = scene_worlds(outputs)
-        reports = [
-            self._scene(frames, scene, scene in checked, *worlds[scene])
-            for scene in track(scenes, "Scenes", console=CONSOLE, transient=True)
-        ]
+        # closed here and now: its thread would outlive an error, and can hang a later progress bar
+        with closing(track(scenes, "Scenes", console=CONSOLE, transient=True)) as tracked:  # type: ignore
+            reports = [self._scene(frames, scene, scene in checked, *worlds[scene]) for scene in tracked]
         self._print(reports)
         self._write(reports)
         self._refuse(reports)

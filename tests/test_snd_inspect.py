@@ -2,6 +2,7 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -284,6 +285,17 @@ def test_wrong_flags_are_refused(capture, settings, message):
         Inspect(
             **{"data": capture, "dataparser": NerfstudioScenesConfig(), "out": capture / "report", **settings}
         ).main()
+
+
+def test_no_progress_bar_outlives_an_error(rooms, tmp_path):
+    data = shutil.copytree(rooms, tmp_path / "rooms")
+    first = sorted((data / "scenes/room_0000/images").iterdir())[0]
+    first.write_bytes(b"")
+    with pytest.raises(InputError) as caught:
+        Inspect(data, out=tmp_path / "out").main()
+    # its thread, joined by the garbage collector inside another bar's thread, would wait for ever
+    alive = [thread for thread in threading.enumerate() if type(thread).__module__.startswith("rich")]
+    assert caught.value is not None and not alive
 
 
 def test_damaged_files_and_poses_are_named(capture):
