@@ -35,17 +35,20 @@ Note = Callable[[BrokenFileError, str], Any]
 """Is told of a broken file and what has to be left out for it; raises the error, or does not."""
 HEADERS_CHECKED = 10_000
 """Of larger datasets this many headers, evenly spread, are read before training."""
-
-
 FIRST_FRAME_SIZE = (64, 96)
 """At which a scene's first frame is looked at."""
 MOST_MISSING = 0.1
 """A dataset that lacks more of its files is an error in any case."""
 THREADS = 8
+"""That look at files before training."""
 
 
 def raise_it(error: BrokenFileError, what: str) -> None:
-    """Nothing is left out."""
+    """A `Note` that leaves nothing out.
+
+    Raises:
+        BrokenFileError: the one that it is told of.
+    """
     raise error
 
 
