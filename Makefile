@@ -8,7 +8,10 @@ CHECKPOINT := $(RUN)/nerfstudio_models/step-000000299.ckpt
 # threads that wait must not spin: PyTorch's and numba's pools share the cores
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test install check-system format docs clean
+# a file's tests share what they trained; in the order of names no long file is left for the end
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+.PHONY: demo test test-all install check-system format docs clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/.installed
@@ -51,7 +54,10 @@ test: check-system
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(PYTEST) -m "not slow"
+
+test-all: check-system
+	$(PYTEST)
 
 format: install
 	$(BIN)/ruff check --fix .

@@ -1,6 +1,7 @@
 """What several test files share."""
 
 import copy
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,24 @@ def packed_rooms(rooms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("packed") / "rooms"
     return generate_rooms(RoomsConfig(folder, scenes=3, seed=7, height=56, width=84, frames=24, layout="re10k"))
+
+
+@pytest.fixture
+def logged(capsys: pytest.CaptureFixture[str]) -> Callable[[], str]:
+    """Gives what was logged since the last call as one line, without the clock and the source files beside it."""
+
+    def read() -> str:
+        return " ".join(re.sub(r"(?m)^\[\d\d:\d\d:\d\d\]|\b\w+\.py:\d+\s*$", "", capsys.readouterr().out).split())
+
+    return read
+
+
+@pytest.fixture
+def with_mvsplat(tiny_config: Any, mvsplat_file: Path) -> Any:
+    """`snd-tiny` with a small MVSplat for the rooms' depths of 0.7 to 8."""
+    tiny_config.pipeline.datamanager.reconstructor = "mvsplat"
+    tiny_config.pipeline.datamanager.reconstructor_checkpoint = mvsplat_file
+    return tiny_config
 
 
 @pytest.fixture

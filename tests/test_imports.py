@@ -21,10 +21,10 @@ def test_the_package_itself_imports_nothing():
     "module",
     [
         "data_parsers.scannetpp",
-        "data_parsers.nerfstudio_scenes",
-        "data_parsers.re10k",
-        "data_parsers.scannet",
-        "data_parsers.posed_video",
+        *(
+            pytest.param(f"data_parsers.{name}", marks=pytest.mark.slow)
+            for name in ("nerfstudio_scenes", "re10k", "scannet", "posed_video")
+        ),
         "data_parsers.scene_list",
         "snd_nerfstudio.snd_config",
     ],

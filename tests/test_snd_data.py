@@ -51,7 +51,6 @@ def test_a_wrong_flag_ends_with_one_sentence(download, tmp_path, flags, message)
     assert message in printed and "Traceback" not in printed
 
 
-@pytest.mark.slow
 def test_a_download_is_converted_and_trained_on(download, tmp_path):
     raw = run(*tiny_training(download, tmp_path, "raw", 2), expect=1)
     out = tmp_path / "out"

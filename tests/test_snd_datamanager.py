@@ -59,7 +59,7 @@ def with_mvsplat(data: Path, checkpoint: Path, **settings):
     return manager(data, reconstructor="mvsplat", reconstructor_checkpoint=checkpoint, **settings)
 
 
-def test_mvsplat_reconstructs_without_depth_and_without_gradient(rooms, mvsplat_file, capsys):
+def test_mvsplat_reconstructs_without_depth_and_without_gradient(rooms, mvsplat_file, logged):
     data = with_mvsplat(rooms, mvsplat_file)
     (triplet,) = data.next_train(0)
     assert triplet.context.depths is None and not data.needs_depth
@@ -73,7 +73,7 @@ def test_mvsplat_reconstructs_without_depth_and_without_gradient(rooms, mvsplat_
         triplet.context.camera_to_worlds[:, :3, 2],
     )
     assert 0.7 - 1e-3 < depths.min() and depths.max() < 8.0 + 1e-3  # near and far of the checkpoint
-    printed = " ".join(capsys.readouterr().out.split())
+    printed = logged()
     assert "depths from 0.7 to 8, exact geometry" in printed
 
 

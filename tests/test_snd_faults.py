@@ -154,7 +154,7 @@ def finish(config):
     return trainer
 
 
-def test_a_changed_dataset_is_noticed_when_its_run_is_resumed(config, own_rooms, capsys):
+def test_a_changed_dataset_is_noticed_when_its_run_is_resumed(config, own_rooms, logged):
     config.max_num_iterations = 2
     finish(config)
     file = own_rooms / "scenes/room_0001/transforms_train.json"
@@ -165,7 +165,7 @@ def test_a_changed_dataset_is_noticed_when_its_run_is_resumed(config, own_rooms,
         started(config)
     config.pipeline.datamanager.changed_data = "warn"
     resumed = started(config)
-    assert "going on with it as it is now" in " ".join(capsys.readouterr().out.split())
+    assert "going on with it as it is now" in logged()
     resumed.train()
 
 

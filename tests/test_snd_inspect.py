@@ -107,7 +107,7 @@ def robot(pose):
 # ---------------------------------------------------------------------- what is right
 
 
-def test_right_rooms_are_consistent_and_described(two_rooms, tmp_path, capsys):
+def test_right_rooms_are_consistent_and_described(two_rooms, tmp_path, logged):
     reports = Inspect(data=two_rooms, out=tmp_path, pairs=4).main()
     assert [report.verdicts[0].status for report in reports] == ["consistent", "consistent"]
     content = json.loads((tmp_path / "inspect.json").read_text())
@@ -127,16 +127,16 @@ def test_right_rooms_are_consistent_and_described(two_rooms, tmp_path, capsys):
     assert 0.97 < first["verdicts"][0]["depth_factor"] < 1.03
     sheet = np.asarray(Image.open(tmp_path / "room_0000.png"))
     assert sheet.shape[1] > 8 * 84 and sheet.std() > 20
-    printed = " ".join(capsys.readouterr().out.split())
+    printed = logged()
     assert "room_0000: consistent: points reprojected with depth" in printed and "all 2" in printed
 
 
-def test_one_scene_of_many_and_those_not_checked(two_rooms, tmp_path, capsys):
+def test_one_scene_of_many_and_those_not_checked(two_rooms, tmp_path, logged):
     (report,) = Inspect(data=two_rooms, out=tmp_path / "one", pairs=3, scene="room_0001").main()
     assert report.statistics.name == "room_0001" and (tmp_path / "one" / "room_0001.png").is_file()
     reports = Inspect(data=two_rooms, out=tmp_path / "few", pairs=3, checked_scenes=1).main()
     assert len(reports) == 2 and reports[1].verdicts == [] and not (tmp_path / "few" / "room_0001.png").exists()
-    assert "1 scenes were not checked: --checked-scenes 2 checks all" in " ".join(capsys.readouterr().out.split())
+    assert "1 scenes were not checked: --checked-scenes 2 checks all" in logged()
 
 
 def test_right_poses_without_depth_and_masks(capture):

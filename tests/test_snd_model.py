@@ -1,5 +1,4 @@
 import copy
-import re
 from dataclasses import replace
 
 import pytest
@@ -84,10 +83,10 @@ def test_what_is_to_be_trained_and_the_head_get_a_gradient_and_nothing_else(tiny
         ),
     ],
 )
-def test_which_layers_are_trained_is_said_and_kept(tiny_config, capsys, trains, layers, said):
+def test_which_layers_are_trained_is_said_and_kept(tiny_config, logged, trains, layers, said):
     model = training_of(tiny_config, trains).model
     assert model.trained_layers == layers
-    printed = " ".join(re.sub(r"\bsnd_\w+\.py:\d+", "", capsys.readouterr().out).split())
+    printed = logged()
     trained = sum(p.numel() for _, p in named_trained(model))
     frozen = sum(p.numel() for p in model.student.parameters()) - trained
     assert f"tiny: {said}{trained:,} trained parameters, {frozen:,} frozen." in printed

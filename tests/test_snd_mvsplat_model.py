@@ -156,13 +156,13 @@ def opposite() -> ViewTriplet:
     return replace(pair, context=replace(pair.context, camera_to_worlds=poses))
 
 
-def test_a_pair_that_cannot_be_matched_is_left_out_and_counted_and_the_others_are_used(capsys):
+def test_a_pair_that_cannot_be_matched_is_left_out_and_counted_and_the_others_are_used(logged):
     model, usable = build(), [triplet(seed=1), triplet(seed=2)]
     expected = model(usable)["loss"]
     outputs = model([usable[0], triplet(baseline=0.0), usable[1], opposite()])
     assert float(outputs["loss"].detach()) == float(expected.detach())
     assert outputs["skipped_pairs"] == 2
-    printed = " ".join(capsys.readouterr().out.split())
+    printed = logged()
     assert "Skipped scene: 0.png, 0.png -> 0.1.png (1 so far)" in printed and "(2 so far)" in printed
     assert "same camera position" in printed and "opposite directions" in printed
     assert model([triplet(baseline=0.0)])["skipped_pairs"] == 1
@@ -256,7 +256,7 @@ def unimatch(model: MVSplatModel) -> dict[str, torch.Tensor]:
     }
 
 
-def test_matching_weights_replace_those_of_encoder_and_transformer(tmp_path, capsys):
+def test_matching_weights_replace_those_of_encoder_and_transformer(tmp_path, logged):
     plain = build()
     state = unimatch(plain)
     torch.save({"model": {**state, "upsampler.0.weight": torch.ones(2)}}, tmp_path / "gmdepth.pth")
@@ -265,7 +265,7 @@ def test_matching_weights_replace_those_of_encoder_and_transformer(tmp_path, cap
     for key, value in model.network.named_parameters():
         name = official_key(key).removeprefix("backbone.")
         assert torch.equal(value, fresh[key] if key.startswith("depth.") else state[name]), key
-    assert "without a place: upsampler.0.weight" in " ".join(capsys.readouterr().out.split())
+    assert "without a place: upsampler.0.weight" in logged()
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,7 @@ def test_more_triplets_and_targets_are_averaged(tiny_mvsplat_config):
     torch.testing.assert_close(together.detach(), torch.stack(alone).mean(), rtol=1e-4, atol=0.0)
 
 
-def test_pairs_that_cannot_be_matched_are_skipped_and_counted(tiny_mvsplat_config, tmp_path, capsys, monkeypatch):
+def test_pairs_that_cannot_be_matched_are_skipped_and_counted(tiny_mvsplat_config, tmp_path, logged, monkeypatch):
     monkeypatch.setattr(snd_triplets, "MAX_ANGLE", 180.0)  # or the flag would be refused
     turn_every_second_camera(tiny_mvsplat_config.pipeline, tmp_path / "rooms", "room_0001")
     tiny_mvsplat_config.pipeline.datamanager.triplets_per_step = 4
@@ -84,7 +84,7 @@ def test_pairs_that_cannot_be_matched_are_skipped_and_counted(tiny_mvsplat_confi
     apart = drawn[mixed].count("room_0001")
     assert 0 < apart < 4
     assert metrics["skipped_pairs"] == apart and losses["photometric"] > 0
-    printed = " ".join(capsys.readouterr().out.split())
+    printed = logged()
     assert printed.count("Skipped room_0001: DSC") == apart and "opposite directions" in printed
     losses["photometric"].backward()
     assert pipeline.model.network.encoder.stem.weight.grad.abs().max() > 0

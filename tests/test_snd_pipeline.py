@@ -1,12 +1,9 @@
 import copy
 import re
-import shutil
 import socket
-import sys
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -17,11 +14,8 @@ from PIL import Image
 from snd_nerfstudio import snd_triplets
 from snd_nerfstudio.errors import InputError
 from snd_nerfstudio.reconstruction.depth import DepthReconstructor
-from snd_nerfstudio.reconstruction.mvsplat.checks import DegeneratePairError
 from snd_nerfstudio.snd_pipeline import load_trained_model, strip_prefixes
 from snd_nerfstudio.snd_triplet_pipeline import median_depth
-from snd_nerfstudio.supervision.operator_cache import CacheStatistics
-from snd_nerfstudio.supervision.operator_maker import OperatorMaker
 from tests.test_snd_mvsplat_pipeline import turn_every_second_camera
 
 
@@ -125,7 +119,6 @@ def test_a_loss_that_is_not_finite_names_the_triplet(tiny_config):
 
 def test_gaussians_that_cover_nothing_are_reported_before_training(tiny_config, monkeypatch):
     # depth read as micrometres: everything lies in front of the cameras' near plane
-    from snd_nerfstudio.reconstruction.depth import DepthReconstructor
 
     class Shrunk(DepthReconstructor):
         def __call__(self, views):
@@ -139,19 +132,14 @@ def test_gaussians_that_cover_nothing_are_reported_before_training(tiny_config, 
     tiny_config.pipeline.setup(device="cpu", test_mode="test")  # looking at a run is still possible
 
 
-def report_of(config, capsys) -> str:
-    capsys.readouterr()
+def report_of(config, logged) -> str:
+    logged()
     config.setup(device="cpu")
-    return printed(capsys)
+    return logged()
 
 
-def printed(capsys) -> str:
-    """What was logged, without the lines' ends and the names of source files beside them."""
-    return " ".join(re.sub(r"\bsnd_\w+\.py:\d+", "", capsys.readouterr().out).split())
-
-
-def test_the_reconstruction_is_measured_and_reported_before_training(tiny_config, capsys):
-    said = report_of(tiny_config.pipeline, capsys)
+def test_the_reconstruction_is_measured_and_reported_before_training(tiny_config, logged):
+    said = report_of(tiny_config.pipeline, logged)
     report = re.search(
         r"Reconstruction by `depth`, target views of 3 held-out triplets re-rendered: PSNR ([\d.]+) dB, SSIM "
         r"([\d.]+), coverage (\d+)%, depth off by ([\d.]+)% \((\d+)% within a quarter\)\.",
@@ -163,37 +151,29 @@ def test_the_reconstruction_is_measured_and_reported_before_training(tiny_config
     assert "Warning: this reconstruction" not in said
 
 
-def test_a_bad_reconstruction_gives_a_loud_warning_that_names_the_ways_out(tiny_config, capsys):
+def test_a_bad_reconstruction_gives_a_loud_warning_that_names_the_ways_out(tiny_config, logged):
     tiny_config.pipeline.warn_below_psnr = 99.0
-    said = report_of(tiny_config.pipeline, capsys)
+    said = report_of(tiny_config.pipeline, logged)
     assert "Warning: this reconstruction is bad (below 99 dB" in said
     for part in ("max-context-gap", "ns-train mvsplat", "--pipeline.warn-below-psnr"):
         assert part in said
 
 
-def test_the_measurement_can_be_left_out_and_needs_nothing_held_out(tiny_config, capsys):
+def test_the_measurement_can_be_left_out_and_needs_nothing_held_out(tiny_config, logged):
     tiny_config.pipeline.checked_triplets = 0
-    assert "Reconstruction by" not in report_of(tiny_config.pipeline, capsys)
+    assert "Reconstruction by" not in report_of(tiny_config.pipeline, logged)
     tiny_config.pipeline.checked_triplets = 2
     pipeline = tiny_config.pipeline.setup(device="cpu")
-    capsys.readouterr()
+    logged()
     pipeline.datamanager.eval_indices = []
     pipeline._check_reconstruction()
-    assert "target views of 2 training triplets" in printed(capsys)
+    assert "target views of 2 training triplets" in logged()
 
 
-@pytest.fixture
-def with_mvsplat(tiny_config, mvsplat_file):
-    """`snd-tiny` with a small MVSplat for the rooms' depths of 0.7 to 8."""
-    tiny_config.pipeline.datamanager.reconstructor = "mvsplat"
-    tiny_config.pipeline.datamanager.reconstructor_checkpoint = mvsplat_file
-    return tiny_config
-
-
-def test_depths_outside_near_and_far_are_warned_about(with_mvsplat, capsys):
-    assert "cannot be represented" not in report_of(with_mvsplat.pipeline, capsys)
+def test_depths_outside_near_and_far_are_warned_about(with_mvsplat, logged):
+    assert "cannot be represented" not in report_of(with_mvsplat.pipeline, logged)
     with_mvsplat.pipeline.datamanager.far = 2.0
-    said = report_of(with_mvsplat.pipeline, capsys)
+    said = report_of(with_mvsplat.pipeline, logged)
     found = re.search(r"(\d+)% of the measured depths are not between near 0\.7 and far 2, and cannot", said)
     assert found, said
     data = with_mvsplat.pipeline.setup(device="cpu").datamanager
@@ -216,7 +196,7 @@ def test_distilling_through_mvsplat_gives_a_loss_and_trains_the_student_alone(wi
     assert {"cosine", "psnr", "ssim", "coverage", "depth_error", "depth_right"} <= set(metrics)
 
 
-def test_pairs_that_cannot_be_matched_are_skipped_and_counted(with_mvsplat, tmp_path, capsys, monkeypatch):
+def test_pairs_that_cannot_be_matched_are_skipped_and_counted(with_mvsplat, tmp_path, logged, monkeypatch):
     monkeypatch.setattr(snd_triplets, "MAX_ANGLE", 180.0)  # or the flag would be refused
     turn_every_second_camera(with_mvsplat.pipeline, tmp_path / "rooms", "room_0001")
     with_mvsplat.pipeline.datamanager.triplets_per_step = 3
@@ -229,7 +209,7 @@ def test_pairs_that_cannot_be_matched_are_skipped_and_counted(with_mvsplat, tmp_
     expected = pipeline._step(usable, seed=3)["loss"]
     assert pipeline.skipped_pairs == 0
     assert torch.equal(pipeline._step(pipeline.datamanager.next_train(mixed), seed=3)["loss"], expected)
-    said = printed(capsys)
+    said = logged()
     assert pipeline.skipped_pairs == 1 and said.count("Skipped room_0001: DSC") == 1
     assert "(1 so far)" in said and "opposite directions" in said
 
@@ -285,8 +265,7 @@ def _gradients_of_one_rank(rank, config, port, folder):
     dist.destroy_process_group()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("trains", "preserve"), [("lora", "none"), ("full", "l2")])
+@pytest.mark.parametrize(("trains", "preserve"), [pytest.param("lora", "none", marks=pytest.mark.slow), ("full", "l2")])
 def test_two_processes_average_the_gradients_of_their_own_triplets(tiny_config, tmp_path, trains, preserve):
     tiny_config.pipeline.model.trains, tiny_config.pipeline.model.preserve = trains, preserve
     with socket.socket() as free:
@@ -305,285 +284,6 @@ def test_two_processes_average_the_gradients_of_their_own_triplets(tiny_config, 
     for name, gradient in together[0].items():
         torch.testing.assert_close(gradient, together[1][name], rtol=1e-5, atol=1e-8)
         torch.testing.assert_close(gradient, (alone[0][name] + alone[1][name]) / 2, rtol=1e-3, atol=1e-6)
-
-
-# ---------------------------------------------------------------------- operators on disk
-
-
-@pytest.fixture
-def cached(tiny_config, tmp_path):
-    """`snd-tiny` with an empty folder for operators."""
-    tiny_config.pipeline.datamanager.operator_cache = tmp_path / "operators"
-    return tiny_config
-
-
-def files_of(config) -> list[Path]:
-    folder = config.pipeline.datamanager.operator_cache
-    return sorted(path for path in folder.rglob("*") if path.is_file())
-
-
-def after_steps(config, steps=1, **changes) -> tuple[CacheStatistics, list[dict[str, float]]]:
-    """What a new pipeline finds in its cache in some steps, and the loss and metrics of each."""
-    config = copy.deepcopy(config.pipeline)
-    for name, value in changes.items():
-        part = config.datamanager if hasattr(config.datamanager, name) else config.model.supervision
-        setattr(part, name, value)
-    config.checked_triplets = 0  # the reconstruction is not measured first
-    pipeline = config.setup(device="cpu")
-    values = []
-    for step in range(steps):
-        _, losses, metrics = pipeline.get_train_loss_dict(step)
-        values.append({name: float(value.detach()) for name, value in {**losses, **metrics}.items()})
-    operators = pipeline.datamanager.operators
-    return CacheStatistics() if operators is None else operators.statistics, values
-
-
-def forbid_geometry(pipeline, monkeypatch) -> None:
-    """From now on nothing may be reconstructed, splatted or built."""
-
-    def never(*_, **__):
-        raise AssertionError("the cache is there so that this is not done")
-
-    for name, module in list(sys.modules.items()):
-        if name.startswith("snd_nerfstudio."):
-            for function in ("rasterize", "build_token_operator"):
-                if hasattr(module, function):
-                    monkeypatch.setattr(module, function, never)
-    monkeypatch.setattr(OperatorMaker, "make", never)
-    monkeypatch.setattr(type(pipeline.datamanager.reconstructor), "__call__", never)
-
-
-def assert_close(values, expected) -> None:
-    assert len(values) == len(expected)
-    for found, wanted in zip(values, expected, strict=True):
-        assert found == pytest.approx(wanted, abs=1e-4)
-
-
-@pytest.mark.parametrize("profile", ["fixed", "paper", "official"])
-def test_losses_are_the_same_without_a_cache_and_when_it_is_filled_and_read(cached, profile):
-    cached.pipeline.profile = profile
-    cached.pipeline.datamanager.triplets_per_step = 2
-    _, plain = after_steps(cached, 3, operator_cache=None)
-    filled, first = after_steps(cached, 3)
-    read, second = after_steps(cached, 3)
-    assert (filled.missing, filled.written, filled.found) == (6, 6, 0)
-    assert (read.missing, read.written, read.found) == (0, 0, 6) and len(files_of(cached)) == 6
-    assert_close(first, plain)
-    assert second == first  # bit by bit, or a resumed training would differ from one that ran through
-
-
-@pytest.mark.parametrize("profile", ["fixed", "official"])
-def test_a_step_whose_operator_is_cached_makes_no_geometry_at_all(cached, monkeypatch, profile):
-    cached.pipeline.profile = profile
-    _, expected = after_steps(cached)
-    cached.pipeline.setup(device="cpu").get_eval_loss_dict(0)
-    pipeline = cached.pipeline.setup(device="cpu")
-    forbid_geometry(pipeline, monkeypatch)
-    _, losses, _ = pipeline.get_train_loss_dict(0)
-    losses["distillation"].backward()
-    assert float(losses["distillation"].detach()) == pytest.approx(expected[0]["distillation"], abs=1e-4)
-    assert torch.isfinite(pipeline.get_eval_loss_dict(0)[1]["distillation"])
-    with pytest.raises(AssertionError, match="the cache is there"):
-        pipeline.get_train_loss_dict(1)  # the test could fail
-
-
-def test_with_mvsplat_neither_training_nor_evaluation_runs_the_network_again(with_mvsplat, tmp_path, monkeypatch):
-    with_mvsplat.pipeline.datamanager.operator_cache = tmp_path / "operators"
-    _, plain = after_steps(with_mvsplat, 2, operator_cache=None)
-    after_steps(with_mvsplat, 2)
-    evaluated = with_mvsplat.pipeline.setup(device="cpu").get_eval_loss_dict(0)[1]["distillation"]
-    pipeline = with_mvsplat.pipeline.setup(device="cpu")
-    forbid_geometry(pipeline, monkeypatch)
-    monkeypatch.setattr(type(pipeline.datamanager.reconstructor.network), "forward", None)
-    losses = [float(pipeline.get_train_loss_dict(step)[1]["distillation"].detach()) for step in range(2)]
-    assert losses == pytest.approx([values["distillation"] for values in plain], abs=1e-4)
-    # held-out triplets carry measured depth that MVSplat does not look at
-    assert float(pipeline.get_eval_loss_dict(0)[1]["distillation"]) == pytest.approx(float(evaluated), abs=1e-4)
-
-
-def test_tokens_are_preserved_with_operators_from_the_cache_too(cached):
-    cached.pipeline.model.preserve = "l2"
-    for found in (0, 1):
-        statistics, (values,) = after_steps(cached)
-        assert statistics.found == found and values["preservation"] == 0
-
-
-def test_a_pool_is_built_in_its_first_epoch_and_read_from_then_on(cached):
-    statistics, _ = after_steps(cached, 9, triplet_pool=3)
-    assert (statistics.missing, statistics.found) == (3, 6) and len(files_of(cached)) == 3
-
-
-@pytest.mark.parametrize("damage", [lambda contents: contents[:-7], lambda contents: contents[:-7] + b"damaged"])
-def test_a_damaged_operator_is_built_anew_while_training(cached, capsys, damage):
-    _, expected = after_steps(cached)
-    (file,) = files_of(cached)
-    whole = file.read_bytes()
-    file.write_bytes(damage(whole))
-    capsys.readouterr()
-    statistics, values = after_steps(cached)
-    said = printed(capsys)
-    assert said.count("is damaged") == 1 and "built anew" in said
-    assert statistics == CacheStatistics(damaged=1, written=1)
-    assert_close(values, expected)
-    assert files_of(cached) == [file] and len(file.read_bytes()) == len(whole)
-    assert after_steps(cached)[0] == CacheStatistics(found=1)
-
-
-def test_a_full_cache_does_not_keep_anything_from_training(cached, capsys):
-    _, expected = after_steps(cached, 4, operator_cache=None)
-    after_steps(cached)
-    size = files_of(cached)[0].stat().st_size
-    capsys.readouterr()
-    statistics, values = after_steps(cached, 4, operator_cache_limit=1.5 * size / 1e9)
-    assert statistics == CacheStatistics(found=1, missing=3, turned_away=3)
-    assert_close(values, expected)
-    said = printed(capsys)
-    assert said.count("is full") == 1 and "--pipeline.datamanager.operator-cache-limit" in said
-
-
-def test_another_setting_is_another_operator(cached):
-    changes = {
-        "upsampling": "bilinear",
-        "align_corners": True,
-        "token_label": "sample",
-        "isolated": "zero",
-        "footprint": "squared",
-        "weighting": "none",
-        "pooling": "bilinear",
-        "uncovered": "zero",
-        "masks": "none",
-        "image_size": (56, 70),
-    }
-    after_steps(cached)
-    for name, value in changes.items():
-        assert after_steps(cached, **{name: value})[0] == CacheStatistics(missing=1, written=1), name
-    assert after_steps(cached)[0] == after_steps(cached, pooling="bilinear")[0] == CacheStatistics(found=1)
-
-
-@pytest.mark.parametrize(("name", "value"), [("uncovered", "keep"), ("min_coverage", 0.9)])
-def test_what_is_decided_after_the_operator_does_not_make_another(cached, name, value):
-    after_steps(cached)
-    assert after_steps(cached, **{name: value})[0] == CacheStatistics(found=1)
-
-
-@pytest.mark.parametrize("first", [1.0, 0.5])
-def test_every_strength_of_blending_is_served_by_the_same_operator(cached, first):
-    after_steps(cached, blending=first)
-    losses = []
-    for blending in (0.0, 0.25, 1.0):
-        statistics, values = after_steps(cached, blending=blending)
-        assert statistics == CacheStatistics(found=1)
-        assert_close(values, after_steps(cached, blending=blending, operator_cache=None)[1])
-        losses.append(values[0]["cosine"])
-    assert len(set(losses)) == 3
-
-
-def test_other_weights_and_other_depths_of_the_reconstructor_make_other_operators(with_mvsplat, mvsplat_file, tmp_path):
-    with_mvsplat.pipeline.datamanager.operator_cache = tmp_path / "operators"
-    assert after_steps(with_mvsplat)[0] == CacheStatistics(missing=1, written=1)
-    contents = torch.load(mvsplat_file, weights_only=True)
-    name = next(name for name, value in contents["state_dict"].items() if value.is_floating_point())
-    contents["state_dict"][name].view(-1)[0] += 1e-3
-    torch.save(contents, tmp_path / "other.ckpt")
-    shutil.copy(mvsplat_file, tmp_path / "same.ckpt")
-    changes = [{"reconstructor_checkpoint": tmp_path / "other.ckpt"}, {"near": 0.6}, {"far": 9.0}]
-    for change in changes:
-        assert after_steps(with_mvsplat, **change)[0] == CacheStatistics(missing=1, written=1), change
-    for change in ({}, *changes, {"reconstructor_checkpoint": tmp_path / "same.ckpt"}):
-        assert after_steps(with_mvsplat, **change)[0] == CacheStatistics(found=1), change
-    assert after_steps(with_mvsplat, reconstructor="depth", reconstructor_checkpoint=None)[0].missing == 1
-
-
-@pytest.mark.parametrize("kind", ["mask", "image", "depth"])
-def test_a_file_that_changes_makes_another_operator_where_it_matters(cached, tmp_path, kind):
-    shutil.copytree(cached.pipeline.datamanager.data, tmp_path / "rooms")
-    cached.data = cached.pipeline.datamanager.data = tmp_path / "rooms"
-    after_steps(cached)
-    data = cached.pipeline.setup(device="cpu", test_mode="test").datamanager
-    (index,) = data.step_indices(0)
-    for place, frame in (("left", index.context[0]), ("right", index.context[1]), ("target", index.target)):
-        file = getattr(data.train_frames, f"{kind}_files")[frame]
-        with Image.open(file) as image:
-            pixels = np.array(image)
-        before = pixels.copy()
-        pixels[20:30, 20:30] = pixels[40, 60]
-        assert (pixels != before).any()
-        Image.fromarray(pixels).save(file)
-        matters = place != "target" or kind == "mask"
-        expected = CacheStatistics(missing=1, written=1) if matters else CacheStatistics(found=1)
-        assert after_steps(cached)[0] == expected, place
-
-
-def test_a_pair_that_cannot_be_matched_is_skipped_and_leaves_nothing_in_the_cache(cached, capsys, monkeypatch):
-    pipeline = cached.pipeline.setup(device="cpu")
-
-    def unmatched(*_):
-        raise DegeneratePairError("they look in opposite directions")
-
-    monkeypatch.setattr(DepthReconstructor, "__call__", unmatched)
-    _, losses, _ = pipeline.get_train_loss_dict(0)
-    assert losses["distillation"] == 0 and pipeline.skipped_pairs == 1 and files_of(cached) == []
-    assert "opposite directions" in printed(capsys)
-
-
-def test_the_dense_path_has_no_use_for_a_cache(cached):
-    cached.pipeline.model.supervision.path = "dense"
-    with pytest.raises(InputError, match="supervision.path dense .*--pipeline.datamanager.operator-cache"):
-        cached.pipeline.setup(device="cpu")
-
-
-def test_a_cache_that_cannot_be_written_to_is_named(cached, tmp_path):
-    cached.pipeline.datamanager.operator_cache = tmp_path / "taken"
-    (tmp_path / "taken").write_text("a file")
-    with pytest.raises(InputError, match="--pipeline.datamanager.operator-cache .*taken cannot be written to"):
-        cached.pipeline.setup(device="cpu").get_train_loss_dict(0)
-
-
-def test_a_cache_that_cannot_be_written_to_is_named_before_training(cached, tmp_path):
-    cached.pipeline.datamanager.operator_cache = tmp_path / "taken"
-    (tmp_path / "taken").write_text("a file")
-    with pytest.raises(InputError, match="--pipeline.datamanager.operator-cache"):
-        cached.pipeline.setup(device="cpu")
-
-
-@pytest.mark.parametrize("test_mode", ["test", "inference"])
-def test_a_run_with_a_cache_is_looked_at_without_touching_it(cached, tmp_path, test_mode):
-    folder = tmp_path / "operators"
-    pipeline = cached.pipeline.setup(device="cpu", test_mode=test_mode)
-    assert cached.pipeline.datamanager.operator_cache == folder  # the given config is not changed
-    metrics, _ = pipeline.evaluate(pipeline.datamanager.eval_triplet(0, with_depth=True))
-    assert pipeline.datamanager.operators is None and metrics["cosine"] > 0 and not folder.exists()
-    assert torch.isfinite(pipeline.get_eval_loss_dict(0)[1]["distillation"]) and not folder.exists()
-    folder.write_text("a file in its place")  # as it may be on another machine
-    cached.pipeline.setup(device="cpu", test_mode=test_mode)
-    with pytest.raises(InputError, match="--pipeline.datamanager.operator-cache"):
-        cached.pipeline.setup(device="cpu")
-
-
-def test_black_tokens_of_the_official_profile_come_back_from_the_cache(cached, monkeypatch):
-    class Half(DepthReconstructor):
-        """Nothing is known of the left half of any view."""
-
-        def __call__(self, views):
-            depths = views.depths.clone()
-            depths[..., :42] = 0
-            return super().__call__(replace(views, depths=depths))
-
-    monkeypatch.setattr("snd_nerfstudio.snd_datamanager.DepthReconstructor", Half)
-    cached.pipeline.profile = "official"
-    plain = copy.deepcopy(cached.pipeline)
-    plain.datamanager.operator_cache = None
-    expected, first, second = (config.setup(device="cpu") for config in (plain, cached.pipeline, cached.pipeline))
-    for step in range(2):
-        (triplet,) = first.datamanager.next_train(step)
-        wanted = expected.model.supervise(triplet, expected.geometry(triplet))
-        assert 0.2 < wanted.zeroed.float().mean() < 0.8
-        for pipeline in (first, second):
-            found = pipeline.model.supervise(triplet, pipeline.geometry(triplet))
-            assert torch.equal(found.zeroed, wanted.zeroed) and found.learned.all()
-            assert (found.tokens[found.zeroed] == 0).all()
-            torch.testing.assert_close(found.tokens, wanted.tokens, rtol=0, atol=1e-4)
-    assert first.datamanager.operators.statistics.written == second.datamanager.operators.statistics.found == 2
 
 
 def losses_of_training(config, profile, path, steps=15) -> list[float]:

@@ -88,7 +88,7 @@ def test_operators_made_by_matching_are_found_by_training(config, mvsplat_file):
     assert_nothing_missing(config)
 
 
-def test_a_second_run_builds_nothing_and_an_interrupted_one_goes_on(config, capsys):
+def test_a_second_run_builds_nothing_and_an_interrupted_one_goes_on(config, capsys, logged):
     everything = precompute(config, processes=1).built
     times = {path: path.stat().st_mtime_ns for path in files_of(config)}
     assert precompute(config, processes=1) == Tally(present=everything)
@@ -99,7 +99,7 @@ def test_a_second_run_builds_nothing_and_an_interrupted_one_goes_on(config, caps
     files[3].write_bytes(files[3].read_bytes()[:-1])
     capsys.readouterr()
     assert precompute(config, processes=1) == Tally(built=4, present=everything - 4)
-    said = " ".join(capsys.readouterr().out.split())
+    said = logged()
     assert said.count("is damaged") == 1 and f"4 operators built, {everything - 4} were there" in said
     after = {path: path.stat().st_mtime_ns for path in files_of(config)}
     assert set(after) == set(times)
@@ -117,7 +117,7 @@ def test_another_blending_needs_nothing_new_and_another_setting_all_of_it(config
     assert precompute(config, processes=1) == Tally(built=everything)
 
 
-def test_a_cache_that_is_too_small_is_counted_and_said(config, capsys):
+def test_a_cache_that_is_too_small_is_counted_and_said(config, capsys, logged):
     config.max_num_iterations = 2
     precompute(config, processes=1)
     size = max(path.stat().st_size for path in files_of(config))
@@ -126,7 +126,7 @@ def test_a_cache_that_is_too_small_is_counted_and_said(config, capsys):
     config.pipeline.datamanager.operator_cache_limit = 2.5 * size / 1e9
     capsys.readouterr()
     tally = precompute(config, processes=1)
-    said = " ".join(capsys.readouterr().out.split())
+    said = logged()
     assert tally.built == len(files_of(config)) >= 2 and tally.turned_away == 5 - tally.built
     assert said.count("is full") == 1 and f"{CACHE_FLAG}-limit" in said and f"{tally.turned_away} turned away" in said
 
@@ -258,7 +258,6 @@ def _die(*_):
     os._exit(7)
 
 
-@pytest.mark.slow
 def test_a_worker_that_dies_ends_it_all(config, monkeypatch):
     monkeypatch.setattr(snd_precompute, "_work", _die)
     with pytest.raises(RuntimeError, match="exit code 7"):
@@ -281,7 +280,6 @@ def test_a_worker_that_dies_is_noticed_while_another_goes_on(config, monkeypatch
         list(snd_precompute._from_processes(config, 2))
 
 
-@pytest.mark.slow
 def test_two_processes_do_what_one_does(config):
     assert precompute(config, processes=2) == Tally(built=9) and len(files_of(config)) == 9
     assert_nothing_missing(config)
@@ -297,17 +295,17 @@ def command(monkeypatch, *words):
     snd_precompute.main()
 
 
-def test_help_names_the_flags_and_the_methods(monkeypatch, capsys):
+def test_help_names_the_flags_and_the_methods(monkeypatch, logged):
     with pytest.raises(SystemExit) as end:
         command(monkeypatch, "--help")
-    said = " ".join(capsys.readouterr().out.split())
+    said = logged()
     assert end.value.code in (0, None)
     for part in ("snd-tiny", "snd-correspondence", "operator-cache", "triplet-pool", "--processes"):
         assert part in said, part
     assert "mvsplat" not in said  # there is nothing to precompute for training a reconstructor
 
 
-def test_the_command_takes_the_flags_of_training_and_its_own(config, monkeypatch, capsys):
+def test_the_command_takes_the_flags_of_training_and_its_own(config, monkeypatch, logged):
     flags = {
         "--data": config.data,
         CACHE_FLAG: config.pipeline.datamanager.operator_cache,
@@ -319,7 +317,7 @@ def test_the_command_takes_the_flags_of_training_and_its_own(config, monkeypatch
         flags[f"--optimizers.{group}.optimizer.weight-decay"] = 0.0
     words = [word for flag in flags.items() for word in flag]
     command(monkeypatch, "--processes", 1, "snd-tiny", *words, "--pipeline.datamanager.image-size", 56, 84)
-    assert "3 operators built" in " ".join(capsys.readouterr().out.split()) and len(files_of(config)) == 3
+    assert "3 operators built" in logged() and len(files_of(config)) == 3
     config.pipeline.datamanager.triplet_pool, config.pipeline.datamanager.eval_triplets = 2, 1
     assert precompute(config, processes=1) == Tally(present=3)
 

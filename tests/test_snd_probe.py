@@ -195,7 +195,6 @@ def test_keypoints_are_carried(probe, tree):  # noqa: F811
     assert set(found.details["categories"]) == {"aeroplane", "cat"} and found.details["points"] == 3
 
 
-@pytest.mark.slow  # a run is trained first
 def test_both_backbones_of_a_run_can_be_measured(probe, adapted_run):
     models = (f"{adapted_run}@original", str(adapted_run))
     teacher, original = sorted(
@@ -348,7 +347,6 @@ def test_a_report_of_nothing_is_a_users_mistake(tmp_path):
         snd_probe.main(["report", "--results", str(tmp_path)])
 
 
-@pytest.mark.slow
 def test_smoke_tries_every_task_and_makes_tables_and_pictures(rooms, tmp_path, capsys):
     flags = ["--models", TINY, "--data", str(rooms), "--out", str(tmp_path), "--device", "cpu"]
     snd_probe.main(["smoke", *flags, "--iterations", "2", "--limit", "8", "--pictures", "1"])

@@ -42,6 +42,7 @@ def test_resuming_ends_in_the_same_weights(tiny_config, finished):
     assert resumed.config.max_num_iterations == 6
 
 
+@pytest.mark.slow
 def test_resuming_is_exact_with_all_of_the_backbone_trained_and_its_tokens_preserved(tiny_config, request):
     tiny_config.pipeline.model.trains, tiny_config.pipeline.model.preserve = "full", "cosine"
     finished = request.getfixturevalue("finished")

@@ -263,7 +263,7 @@ def test_gaps_grow_while_training_and_are_the_same_after_resuming(rooms):
     assert data.eval_triplet(0).describe() == usual.eval_triplet(0).describe()
 
 
-def test_contexts_that_look_in_opposite_directions_are_left_out_where_they_are_matched(capture, capsys):
+def test_contexts_that_look_in_opposite_directions_are_left_out_where_they_are_matched(capture, logged):
     content = json.loads((capture / "transforms.json").read_text())
     for frame in sorted(content["frames"], key=lambda frame: frame["file_path"])[20:]:
         pose = np.array(frame["transform_matrix"])
@@ -274,7 +274,7 @@ def test_contexts_that_look_in_opposite_directions_are_left_out_where_they_are_m
     matched = resolve(MVSplatDataManagerConfig(**settings), "fixed").setup(device="cpu")
     # as many pairs of a gap cross the turn as the gap is long: 8 + 9 + 10 + 11 + 12
     assert matched.triplets.opposite_pairs == 50
-    printed = " ".join(capsys.readouterr().out.split())
+    printed = logged()
     assert "50 context pairs that look more than 90 degrees apart are left out." in printed
     # without matching, as with the `depth` reconstructor, they stay
     config = TripletDataManagerConfig(**settings)
@@ -341,7 +341,7 @@ def test_near_and_far_are_unknown_unless_they_are_given(rooms, settings, expecte
     assert several(rooms, 1, **settings).depth_range == expected
 
 
-def test_near_and_far_of_the_scene_are_those_of_its_depth_maps(rooms, capsys):
+def test_near_and_far_of_the_scene_are_those_of_its_depth_maps(rooms, logged):
     data = several(rooms, 1, bounds="scene")
     frames = data.train_frames
     values = []
@@ -350,7 +350,7 @@ def test_near_and_far_of_the_scene_are_those_of_its_depth_maps(rooms, capsys):
         values.append(depth[depth > 0][::7])
     near, far = np.quantile(np.concatenate(values), [0.005, 0.995])
     assert data.depth_range == pytest.approx((near / 1.1, far * 1.1), rel=1e-5)
-    assert f"near {near / 1.1:.2f}, far {far * 1.1:.2f}" in " ".join(capsys.readouterr().out.split())
+    assert f"near {near / 1.1:.2f}, far {far * 1.1:.2f}" in logged()
     assert several(rooms, 1, bounds="scene", near=0.01).depth_range == pytest.approx((0.01, far * 1.1), rel=1e-5)
 
 
@@ -461,7 +461,7 @@ def by_overlap(data: Path, **settings):
     return manager(data, **settings)
 
 
-def test_pairs_by_overlap_need_no_order(unordered, capsys):
+def test_pairs_by_overlap_need_no_order(unordered, logged):
     data, again = by_overlap(unordered), by_overlap(unordered)
     for step in (0, 1, 2):
         (triplet,), (same,) = data.next_train(step), again.next_train(step)
@@ -475,17 +475,17 @@ def test_pairs_by_overlap_need_no_order(unordered, capsys):
         own = data.triplets.overlap(left, right)
         assert min(data.triplets.overlap(frame, index.target) for frame in index.context) >= own
     assert data.num_eval_triplets == 4 and data.shown_indices(data.shown_scenes[0])[0]
-    printed = " ".join(capsys.readouterr().out.split())
+    printed = logged()
     assert "Training on 44 frames of 1 scenes" in printed and "frusta" not in printed
 
 
-def test_pairs_by_overlap_of_frusta_where_there_is_no_depth(unordered, capsys):
+def test_pairs_by_overlap_of_frusta_where_there_is_no_depth(unordered, capsys, logged):
     content = json.loads((unordered / "transforms.json").read_text())
     for frame in content["frames"]:
         del frame["depth_file_path"]
     (unordered / "transforms.json").write_text(json.dumps(content))
     assert by_overlap(unordered).triplets.num_pairs > 50
-    assert "overlaps are those of frusta, and near and far are guessed" in " ".join(capsys.readouterr().out.split())
+    assert "overlaps are those of frusta, and near and far are guessed" in logged()
     given = by_overlap(unordered, near=0.7, far=8.0)
     assert given.triplets.num_pairs > 50 and "guessed" not in capsys.readouterr().out
 

@@ -160,7 +160,7 @@ def test_images_of_other_kinds_are_read_as_colours(tmp_path, mode):
 # ---------------------------------------------------------------------- without a run
 
 
-def test_a_sheet_and_single_pictures_are_written(photos, tmp_path, capsys):
+def test_a_sheet_and_single_pictures_are_written(photos, tmp_path, logged):
     pictures = visualize(tmp_path, photos, clusters=4)
     assert list(pictures) == [
         "images_sheet.png",
@@ -170,7 +170,7 @@ def test_a_sheet_and_single_pictures_are_written(photos, tmp_path, capsys):
         "images_02_room-10_tiny_kmeans.png",
     ]
     assert sorted(pictures) == sorted(path.name for path in (tmp_path / "pictures").iterdir())
-    said = " ".join(capsys.readouterr().out.split())
+    said = logged()
     assert f"Wrote {tmp_path / 'pictures' / 'images_sheet.png'} and 4 single pictures" in said
     # 60 x 90 is seen as 56 x 84, 70 x 56 as it is
     assert pictures["images_01_room-2_tiny_pca.png"].shape == (56, 84, 3)
@@ -243,7 +243,7 @@ def test_many_images_make_a_sheet_that_can_still_be_opened(tmp_path):
 # ---------------------------------------------------------------------- of a run
 
 
-def test_the_held_out_views_of_a_run_are_shown_by_original_and_teacher(adapted_run, tmp_path, capsys):
+def test_the_held_out_views_of_a_run_are_shown_by_original_and_teacher(adapted_run, tmp_path, logged):
     files = Visualize(tmp_path, load_config=adapted_run, count=2).main()
     pictures = by_name(files)
     views, backbones = ("context_1", "target", "context_2"), ("original", "teacher")
@@ -251,7 +251,7 @@ def test_the_held_out_views_of_a_run_are_shown_by_original_and_teacher(adapted_r
     # two of the three held-out triplets: number 0 and 1.5, rounded down
     assert list(pictures) == [f"triplet_{n:04d}_{name}" for n in (0, 1) for name in ("sheet.png", *singles)]
     assert all(pictures[f"triplet_0000_{name}"].shape == (56, 84, 3) for name in singles)
-    said = " ".join(capsys.readouterr().out.split())
+    said = logged()
     for number in (0, 1):
         assert f"triplet_{number:04d}_sheet.png and 12 single pictures" in said.replace("- ", "-")
     sheet = pictures["triplet_0000_sheet.png"]

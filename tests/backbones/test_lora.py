@@ -25,7 +25,6 @@ def test_the_patch_embedding_is_adapted_on_request():
     assert len(paths) == 9 and "patch_embed.proj" in paths
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("patch_embed", "layers", "trained"), [(False, 24, 221_184), (True, 25, 228_960)])
 def test_vit_small_gets_as_many_adapters_as_the_released_code_has(patch_embed, layers, trained):
     vit = create_vit(BACKBONES["dinov2-small"]).requires_grad_(False)

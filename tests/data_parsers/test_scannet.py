@@ -65,14 +65,14 @@ def test_cameras_depth_and_masks_are_those_of_the_generator(rooms, exported):
             assert Image.open(frames.image_files[index]).size == SIZE[::-1]
 
 
-def test_frames_where_tracking_failed_leave_their_place_empty_and_are_told(exported, capsys):
+def test_frames_where_tracking_failed_leave_their_place_empty_and_are_told(exported, logged):
     for number in (3, 4, 10):
         write_matrix(exported / f"scene0000_00/pose/{number}.txt", LOST)
     frames = to_frames(parse(exported / "scene0000_00", "all"))
     assert frames.frame_order.tolist() == [n for n in range(60) if n not in (3, 4, 10)]
     assert "3.jpg" not in {file.name for file in frames.image_files} and np.isfinite(frames.camera_to_worlds).all()
     parse(exported, "all")
-    said = " ".join(capsys.readouterr().out.split())  # the console breaks lines where it likes
+    said = logged()  # the console breaks lines where it likes
     assert "(3 of them in scene0000_00)" in said and "147 are there" in said
 
 
@@ -124,7 +124,7 @@ def test_scans_of_the_only_space_are_told_apart_by_name(tmp_path):
     assert parse(tmp_path, "val").metadata["scene_names"] == ["scene0000_01"]
 
 
-def test_scannets_own_sizes_of_colour_and_depth_go_together(tmp_path, capsys):
+def test_scannets_own_sizes_of_colour_and_depth_go_together(tmp_path, capsys, logged):
     folder = tmp_path / "scene0000_00"
     small_scene(folder, (0, 1, 2), size=(1296, 968))
     colour, depth = np.eye(4), np.eye(4)
@@ -146,7 +146,7 @@ def test_scannets_own_sizes_of_colour_and_depth_go_together(tmp_path, capsys):
     depth[0, 2] += 8  # of 640 pixels: 1.25 %, and 0.25 of 1296 were off before
     write_matrix(folder / "intrinsic/intrinsic_depth.txt", depth)
     parse(folder, "all")
-    assert "up to 1.2%" in " ".join(capsys.readouterr().out.split())
+    assert "up to 1.2%" in logged()
 
 
 def test_images_resized_after_the_export_need_the_size_they_had(exported):

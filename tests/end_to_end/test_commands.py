@@ -72,6 +72,7 @@ def test_a_killed_run_resumes_exactly(trained, rooms, outputs):
         assert loss == pytest.approx(whole[step], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_a_finished_run_has_nothing_left_to_do(trained, rooms, outputs):
     printed = run(*tiny_training(rooms, outputs, "again", STEPS), "--load-dir", trained / "nerfstudio_models", expect=1)
     assert "nothing left to do" in printed and "Traceback" not in printed
@@ -130,6 +131,7 @@ def test_the_backbone_is_exported_in_every_format(trained, tmp_path):
             assert manifest["data"]["scenes"] == 2 and manifest["training"]["pipeline"]["profile"] == "fixed"
 
 
+@pytest.mark.slow
 def test_the_command_without_open3d_exports_the_teacher_which_can_be_trained_on(trained, rooms, outputs, tmp_path):
     folder = tmp_path / "backbone"
     run("snd-export", "snd-backbone", "--load-config", trained / "config.yml", "--output-dir", folder)
@@ -146,7 +148,7 @@ def test_ns_export_lists_our_command_beside_its_own():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["--pipeline.profile", "best"], "fixed"),
+        pytest.param(["--pipeline.profile", "best"], "fixed", marks=pytest.mark.slow),
         (["--data", "/nowhere"], "--data /nowhere: no such file or folder"),
     ],
 )
@@ -156,6 +158,7 @@ def test_a_wrong_flag_ends_in_one_clear_error(rooms, outputs, change, message):
     assert process.returncode != 0 and message in printed and "Traceback" not in printed
 
 
+@pytest.mark.slow
 def test_an_unwritable_output_folder_ends_in_one_clear_error(rooms, tmp_path):
     (tmp_path / "outputs").write_text("a file where the folder should be")
     process = start(*tiny_training(rooms, tmp_path / "outputs", "wrong", 2))

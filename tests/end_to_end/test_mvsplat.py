@@ -100,6 +100,7 @@ def test_distillation_goes_through_the_trained_network_and_is_evaluated(trained,
     assert {"cosine", "kl", "psnr", "ssim", "coverage", "depth_error"} <= set(results) and results["coverage"] > 0.9
 
 
+@pytest.mark.slow
 def test_distillation_by_the_exported_file_is_the_same(trained, exported, rooms, outputs):
     printed = distil(rooms, outputs, "by-file", exported, "--pipeline.warn-below-psnr", 1)
     assert "Reconstruction by `mvsplat`" in printed and "Warning: this reconstruction" not in printed
@@ -112,7 +113,6 @@ def test_distillation_by_the_exported_file_is_the_same(trained, exported, rooms,
 # ---------------------------------------------------------------------- viewer
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(chromium() is None, reason="no Chromium on this system")
 def test_the_viewer_shows_colours_and_depth_while_the_network_is_trained(rooms, tmp_path):
     pytest.importorskip("playwright.sync_api", reason="playwright is missing", exc_type=ImportError)

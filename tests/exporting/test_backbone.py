@@ -74,7 +74,13 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+EXTRAS = ("registers onnx", "registers pt2", "dinov3 onnx", "other pt2")
+"""Cases that take long and are like others."""
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.slow if case in EXTRAS else ()) for case in CASES]
+)
 def test_every_format_gives_the_same_tokens_at_every_size_and_its_card_runs(case, tmp_path, monkeypatch):
     spec, positions, name = CASES[case]
     backbone = small(spec, positions)

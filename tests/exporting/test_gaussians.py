@@ -384,7 +384,7 @@ def test_mvsplat_s_own_colours_are_exported(pipeline, mvsplat_file, tmp_path):
     torch.testing.assert_close(pictures[1].features.mean(), pictures[0].features.mean(), rtol=0, atol=1e-5)
 
 
-def test_scene_triplet_and_backbone_are_chosen(exported, adapted_run, pipeline, tmp_path, capsys):
+def test_scene_triplet_and_backbone_are_chosen(exported, adapted_run, pipeline, tmp_path, logged):
     data = pipeline.datamanager
     scene = data.shown_scenes[-1]
     triplet = data.shown(data.shown_indices(scene)[1])
@@ -392,7 +392,7 @@ def test_scene_triplet_and_backbone_are_chosen(exported, adapted_run, pipeline, 
     about = json.loads((tmp_path / ABOUT).read_text())
     assert about["scene"] == scene and about["triplet"] == 2 and about["features_of"] == "original"
     assert [view["image"] for view in about["views"]] == [*triplet.context.names, *triplet.target.names]
-    said = " ".join(capsys.readouterr().out.split())
+    said = logged()
     assert f"Gaussians of {triplet.describe()}" in said and "(features: original, step 1)" in said
     with torch.no_grad():
         tokens = pipeline.model.original_tokens(triplet.context.images)

@@ -271,6 +271,7 @@ def test_the_engines_weights_are_those_of_compositing_one_by_one(random_scene, s
             np.testing.assert_allclose(weights[y, x], expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_compiled_functions_are_not_taken_from_before_a_change_of_what_is_compiled_into_them(tmp_path):
     """numba itself looks at the file of the outer function alone."""
     package = Path(__file__).parents[2] / "snd_nerfstudio"

@@ -580,7 +580,6 @@ def test_threads_with_a_cache_each_see_whole_operators_only(tmp_path):
     assert_whole(tmp_path)
 
 
-@pytest.mark.slow
 def test_processes_that_share_a_folder_see_whole_operators_only(tmp_path):
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         results = pool.starmap(use, [(tmp_path, seed, 40) for seed in range(2)], chunksize=1)

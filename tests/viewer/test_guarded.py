@@ -31,14 +31,14 @@ def test_pictures_are_passed_on_without_gradient():
 
 
 @pytest.mark.parametrize("error", [ValueError("bad pose"), torch.OutOfMemoryError("no memory"), KeyError("rgb")])
-def test_an_error_gives_grey_pictures_of_the_cameras_size_and_is_logged_once(capsys, error):
+def test_an_error_gives_grey_pictures_of_the_cameras_size_and_is_logged_once(logged, error):
     display = Fragile()
     display.error = error
     for _ in range(3):
         outputs = display.render(CAMERA, CPU)
         assert {name: tuple(value.shape) for name, value in outputs.items()} == {"rgb": (6, 8, 3), "depth": (6, 8, 1)}
         assert all((value == 0.5).all() for value in outputs.values())
-    printed = " ".join(capsys.readouterr().out.split())
+    printed = logged()
     assert printed.count("Rendering failed") == 1 and f"{type(error).__name__}: {error}" in printed
 
 

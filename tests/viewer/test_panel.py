@@ -297,7 +297,7 @@ def test_only_the_chosen_outputs_are_computed(viewer):
 # ---------------------------------------------------------------------- what goes wrong
 
 
-def test_an_action_that_fails_says_so_and_leaves_what_is_shown(viewer, panel, monkeypatch, capsys):
+def test_an_action_that_fails_says_so_and_leaves_what_is_shown(viewer, panel, monkeypatch, logged):
     display = viewer.pipeline.model.display
     before, scene = rendered(viewer), display.scene
 
@@ -308,7 +308,7 @@ def test_an_action_that_fails_says_so_and_leaves_what_is_shown(viewer, panel, mo
     choose(viewer, "Scene", "room_0001")
     assert "⚠" in status(panel) and "InputError: these two look in opposite directions" in status(panel)
     assert "**room_0000**" in status(panel) and "room_0001" not in status(panel)
-    assert "these two look in opposite directions" in " ".join(capsys.readouterr().out.split())
+    assert "these two look in opposite directions" in logged()
     assert display.scene is scene and handle(viewer, "Triplet").options[0].endswith(
         viewer.pipeline.datamanager.shown_name(viewer.pipeline.datamanager.shown_indices("room_0000")[0])
     )
