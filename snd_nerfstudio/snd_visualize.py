@@ -130,7 +130,8 @@ def draw_set(
     sizes = [(view.image.shape[1], view.image.shape[2]) for view in shown.views]
     drawn = {}
     for name, backbone in backbones.items():
-        tokens = [backbone(view.image[None])[0] for view in shown.views]
+        device = next(backbone.parameters()).device
+        tokens = [backbone(view.image[None].to(device))[0].cpu() for view in shown.views]
         drawn[name] = feature_pictures(tokens, sizes, colouring)
     for kind, kind_name in (("pca", "PCA"), ("kmeans", "k-means")):
         for name, pictures in drawn.items():

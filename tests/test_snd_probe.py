@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,9 +15,11 @@ from snd_nerfstudio import snd_probe
 from snd_nerfstudio.backbones.build import build_backbone
 from snd_nerfstudio.checksums import sha256
 from snd_nerfstudio.errors import InputError
+from snd_nerfstudio.probing.models import ProbeModel
 from snd_nerfstudio.probing.pairs import RoomPairs, RoomPairsSettings
 from snd_nerfstudio.probing.report import make_tables
 from snd_nerfstudio.probing.results import read_result, read_results
+from tests.probing.backbones import refined, tiny_model
 from tests.probing.datasets.writers import write_scannetpp, write_voc2012
 from tests.probing.pairs.trees import write_scannet, write_superglue
 from tests.probing.test_keypoints import tree  # noqa: F401  a small SPair-71k
@@ -90,6 +93,17 @@ def check(*arguments):
 def test_a_dataset_that_is_whole_passes_the_check(rooms, capsys):
     assert check("rooms", "--check", rooms) == 0
     assert f"rooms in {rooms}: nothing is missing." in capsys.readouterr().out
+
+
+def test_a_damaged_file_between_those_that_are_looked_at_needs_a_thorough_check(rooms, tmp_path, capsys):
+    copy = tmp_path / "rooms"
+    shutil.copytree(rooms, copy)
+    damaged = sorted((copy / "scenes").glob("*/depth/*.png"))[3]
+    damaged.write_bytes(damaged.read_bytes()[:-200])
+    assert check("rooms", "--check", copy, "--task", "depth") == 0
+    assert check("rooms", "--check", copy, "--task", "depth", "--thorough") == 1
+    printed = capsys.readouterr()
+    assert str(damaged) in printed.out and "depth, test: 60 of 60" in printed.err
 
 
 def test_what_is_missing_is_said_and_the_code_is_one(rooms, tmp_path, capsys):
@@ -166,6 +180,21 @@ def test_published_pairs_are_resized_as_in_the_released_code(probe, rooms, tmp_p
     assert found.what.dataset.split_rule == "published list"
     (table,) = make_tables([found])
     assert any("figure 7 is a plot" in note for note in table.notes) == (name == "scannet-1500")
+
+
+def test_mef_sees_images_as_large_as_in_its_own_code_if_asked_to():
+    from snd_nerfstudio.probing.commands.matching import Correspondence, resized_to
+
+    image = np.random.default_rng(0).integers(0, 256, (56, 84, 3), dtype=np.uint8)
+    grids = {}
+    for mef_res in ("same", "native"):
+        flags = Correspondence((), Path(), mef_res=mef_res)
+        for model in (ProbeModel.from_backbone("mef", refined()), tiny_model()):
+            values = flags.encoder(model, flags.settings(), resized_to(None))(image).values
+            grids[model.label, mef_res] = tuple(values.shape[-2:])
+    # 56 x 84 enlarged to 747 x 1120, which is padded to whole patches of 14
+    assert grids["mef", "native"] == (54, 80)
+    assert grids["mef", "same"] == grids[tiny_model().label, "same"] == grids[tiny_model().label, "native"] == (4, 6)
 
 
 def test_points_are_tracked(probe):
@@ -289,6 +318,28 @@ def test_measured_again_a_probe_gives_the_same(probe):
     (first,) = probe("depth", *FEW)
     (again,) = probe("depth", *FEW, "--again")
     assert again.last == first.last and again.details["curve"] == first.details["curve"]
+
+
+def test_the_default_protocol_runs_on_rooms_of_any_size(probe):
+    (found,) = probe("depth", "--iterations", 1, "--limit", 2)
+    assert found.what.protocol == "fixed" and found.what.config["augment"] and found.last["rmse"] > 0
+
+
+def test_results_that_were_not_all_written_are_written_without_training_anew(probe, tmp_path, monkeypatch):
+    """The second of three files is lost, as if the command had been killed before it was there."""
+    flags = (*FEW, "--more-lrs", 1e-3, 1e-4)
+    before = probe("depth", *flags)
+    (tmp_path / before[1].what.file_name).unlink()
+    monkeypatch.setattr("snd_nerfstudio.probing.linear.training_step", None)
+    assert [found.last for found in probe("depth", *flags)] == [found.last for found in before]
+
+
+def test_a_head_that_diverges_is_reported_empty_and_not_drawn(probe, tmp_path):
+    results = probe("depth", *FEW, "--more-lrs", 1e30, "--pictures", 1)
+    lost, kept = sorted(results, key=lambda found: found.last["rmse"] is not None)
+    assert lost.what.variant["lr"] == 1e30 and set(lost.last.values()) == {None} and kept.last["rmse"] > 0
+    assert len(pictures(tmp_path, "depth_")) == 1
+    assert make_tables(results)
 
 
 def test_settings_begin_with_the_protocol_and_flags_change_them():

@@ -24,8 +24,8 @@ IMAGENET_MEAN = (123.675 / 255, 116.28 / 255, 103.53 / 255)
 class DepthAugmentation:
     """Changes to the depth probe's training images (released code, after AdaBins)."""
 
-    crop: tuple[int, int] = (416, 544)
-    """Rows and columns of the random crop; 352 704 for KITTI."""
+    crop: Optional[tuple[int, int]] = (416, 544)
+    """Rows and columns of the random crop; 352 704 for KITTI. None: whole images."""
     border_crop: BorderCrop = "none"
     """What is cut off first: NYUv2's white border, or KITTI's sky and sides."""
     rotate_probability: float = 0.5
@@ -135,7 +135,7 @@ def augment_depth(
         depth = cv2.warpAffine(depth, turn, (width, height), flags=cv2.INTER_NEAREST)
     if generator.random() < settings.flip_probability:
         image, depth = image[:, ::-1], depth[:, ::-1]
-    rows, columns = settings.crop
+    rows, columns = settings.crop or (height, width)
     if height < rows or width < columns:
         raise InputError(
             f"An image of {height} x {width} pixels is smaller than the training crop of {rows} x {columns}: use a "

@@ -6,7 +6,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Optional
@@ -17,19 +17,18 @@ from torch.nn.utils import clip_grad_norm_
 
 from snd_nerfstudio.errors import InputError
 from snd_nerfstudio.probing.examples import Labels, TrainingBatches, image_tensor, labels_of, step_indices, windowed
-from snd_nerfstudio.probing.features import ProbeFeatures, encode
+from snd_nerfstudio.probing.features import FeatureSettings, ProbeFeatures, encode
 from snd_nerfstudio.probing.heads import LinearHead
 from snd_nerfstudio.probing.models import ProbeModel
 from snd_nerfstudio.probing.objectives import Objective, Variant, head_inputs, make_objective
+from snd_nerfstudio.probing.progress import Progress, quiet
 from snd_nerfstudio.probing.protocols import AnyProbe
 from snd_nerfstudio.probing.samples import ProbeDataset, Task
 from snd_nerfstudio.probing.token_store import (
     CachePlace,
     LabelStore,
-    Progress,
     TokenStore,
     label_store,
-    quiet,
     token_store,
 )
 
@@ -50,7 +49,7 @@ class LinearResult:
     variant: Variant
     """What tells this head from the model's others: ``lr``, ``repeat``, and ``head_norm`` in segmentation."""
     last: dict[str, float]
-    """Scores after the last step."""
+    """Scores after the last step; nan where the head diverged."""
     best: dict[str, float]
     """Scores after the best of the steps that were tested, on the test set itself."""
     best_iteration: int
@@ -79,6 +78,10 @@ class _Head:
     steps: int = 0
     """Number since the last test."""
     seconds: float = 0.0
+    tokens_bytes: int = 0
+    """Cached tokens of the model."""
+    diverged: int = 0
+    """The step, counted from 1, whose loss was not finite; the head is left alone from then on. 0: none."""
 
     def state(self) -> dict[str, Any]:
         return {
@@ -88,6 +91,8 @@ class _Head:
             "losses": self.losses,
             "steps": self.steps,
             "seconds": self.seconds,
+            "tokens_bytes": self.tokens_bytes,
+            "diverged": self.diverged,
         }
 
     def load(self, state: dict[str, Any]) -> None:
@@ -95,6 +100,7 @@ class _Head:
         self.optimizer.load_state_dict(state["optimizer"])
         self.curve, self.losses = state["curve"], state["losses"]
         self.steps, self.seconds = state["steps"], state["seconds"]
+        self.tokens_bytes, self.diverged = state["tokens_bytes"], state["diverged"]
 
 
 @dataclass
@@ -137,7 +143,7 @@ def run_linear(
 
     Raises:
         InputError: settings contradict themselves or the data; the folder holds another run; a sample cannot be read;
-            or a loss is not finite.
+            or every head diverged.
     """
     objective = make_objective(settings, train, test)
     if not models or len({model.label for model in models}) < len(models):
@@ -150,12 +156,15 @@ def run_linear(
     heads = _make_heads(models, settings, objective, device)
     done = _load_state(folder, key, heads)
     total = settings.steps(len(train))
-    cached = None
-    if settings.cache != "none":
-        cached = _cache(models, train, test, settings, objective, folder, hashes, device, progress)
     if done < total:
+        cached = None
+        if settings.cache != "none":
+            cached = _cache(models, train, test, settings, objective, folder, hashes, device, progress)
+            for entry in heads:
+                stores = [cached.train[entry.model.label], *cached.test[entry.model.label]]
+                entry.tokens_bytes = sum(store.bytes for store in stores)
         _train(heads, objective, cached, range(done, total), folder, key, device, progress)
-    return [_result(entry, objective, cached, folder) for entry in heads]
+    return [_result(entry, objective, folder) for entry in heads]
 
 
 def _run_key(
@@ -271,8 +280,9 @@ def _train(
                     features = encode(model, pixels, settings.features)
                 else:
                     features = cached.train[model.label].batch(indices, device)
-                shared = (time.perf_counter() - began) / len(group)
-                for entry in group:
+                training = [entry for entry in group if not entry.diverged]
+                shared = (time.perf_counter() - began) / max(len(training), 1)
+                for entry in training:
                     began = time.perf_counter()
                     loss = training_step(
                         objective, entry.head, entry.optimizer, entry.variant["lr"], features, labels, step
@@ -281,10 +291,8 @@ def _train(
                     entry.steps += 1
                     entry.seconds += time.perf_counter() - began + shared
                     if not math.isfinite(loss):
-                        raise InputError(
-                            f"The {objective.train.task} probe of {model.label} has a loss of {loss} in step {step}: "
-                            f"give a smaller --lr than {entry.variant['lr']:g}."
-                        )
+                        entry.diverged = step + 1
+                        _say_diverged(entry, heads, objective.train.task, loss)
             if step + 1 in tested:
                 _test(heads, objective, cached, step + 1, device, progress)
             if (step + 1) % settings.save_every == 0 or step + 1 in tested:
@@ -293,6 +301,19 @@ def _train(
     finally:
         if batches is not None:
             batches.close()
+
+
+def _say_diverged(entry: _Head, heads: Sequence[_Head], task: Task, loss: float) -> None:
+    """Say that a head is lost.
+
+    Raises:
+        InputError: it was the last one.
+    """
+    lost = f"The {task} probe of {entry.model.label} has a loss of {loss} in step {entry.diverged}"
+    if all(other.diverged for other in heads):
+        raise InputError(f"{lost}: give a smaller --lr than {entry.variant['lr']:g}.")
+    told = ", ".join(f"{name} {value}" for name, value in entry.variant.items())
+    print(f"{lost} ({told}): it has no results, and the others go on.", flush=True)
 
 
 def training_step(
@@ -340,68 +361,106 @@ def _test(
     device: torch.device | str,
     progress: Progress,
 ) -> None:
-    """Scores of all heads, added to their curves."""
-    for model, group in _by_model(heads):
-        stores = None if cached is None else cached.test[model.label]
-        labels = None if cached is None else cached.test_labels
-        found = evaluate(model, [entry.head for entry in group], objective, stores, labels, device, progress)
-        for entry, scores in zip(group, found, strict=True):
-            entry.curve.append({"iteration": float(iteration), "loss": entry.losses / max(entry.steps, 1), **scores})
-            entry.losses, entry.steps = 0.0, 0
+    """Scores of all heads, added to their curves; nan for those that diverged."""
+    for entry in heads:
+        # a last step can do that without a loss that tells
+        if not entry.diverged and not all(value.isfinite().all() for value in entry.head.parameters()):
+            entry.diverged = iteration
+            _say_diverged(entry, heads, objective.test.task, math.nan)
+    alive = [entry for entry in heads if not entry.diverged]
+    groups = [(model, [entry.head for entry in group]) for model, group in _by_model(alive)]
+    stores = None if cached is None else cached.test
+    labels = None if cached is None else cached.test_labels
+    found: dict[int, dict[str, float]] = {}
+    rows = evaluate(groups, objective, stores, labels, device, progress)
+    for (_, group), of_model in zip(_by_model(alive), rows, strict=True):
+        found |= {id(entry): row for entry, row in zip(group, of_model, strict=True)}
+    nothing = dict.fromkeys(next(iter(found.values())), math.nan)
+    for entry in heads:
+        loss = math.nan if entry.diverged else entry.losses / max(entry.steps, 1)
+        entry.curve.append({"iteration": float(iteration), "loss": loss, **found.get(id(entry), nothing)})
+        entry.losses, entry.steps = 0.0, 0
+
+
+class _Encoder:
+    """Encodes the images that a head is shown; the next head, shown the same ones in the same order, gets what was
+    computed for the first."""
+
+    def __init__(self, model: ProbeModel, settings: FeatureSettings) -> None:
+        self.model, self.settings = model, settings
+        self.kept: list[ProbeFeatures] = []
+        self.place = 0
+
+    def __call__(self, images: Tensor) -> ProbeFeatures:
+        if self.place == len(self.kept):
+            self.kept.append(encode(self.model, images, self.settings))
+        self.place += 1
+        return self.kept[self.place - 1]
 
 
 @torch.no_grad()
 def evaluate(
-    model: ProbeModel,
-    heads: Sequence[LinearHead],
+    groups: Sequence[tuple[ProbeModel, Sequence[LinearHead]]],
     objective: Objective,
-    stores: Optional[Sequence[TokenStore]] = None,
+    stores: Optional[Mapping[str, Sequence[TokenStore]]] = None,
     label_rows: Optional[LabelStore] = None,
     device: torch.device | str = "cpu",
     progress: Progress = quiet,
-) -> list[dict[str, float]]:
-    """Scores of some heads of one model on the whole test set, whose images are encoded once for all of them.
+) -> list[list[dict[str, float]]]:
+    """Scores of heads on the whole test set. An image is read once for all models and encoded once for all heads of a
+    model; no more than the prediction of one head exists at a time.
 
     Args:
-        model: whose.
-        heads: each gets scores of its own. They are left in training mode.
+        groups: models with their heads, which are left in training mode.
         objective: of the task.
-        stores: cached tokens of the test images and, if it `mirrors`, of their mirror images; None: they are encoded.
+        stores: cached tokens of the test images and, if it `mirrors`, of their mirror images, by a model's label;
+            None: images are read and encoded.
         label_rows: labels of the test images; None: they are read.
         device: where models and heads are.
         progress: told how many images are done.
 
+    Returns:
+        Scores of each head of each model.
+
     Raises:
         InputError: a sample cannot be read.
     """
-    settings: AnyProbe = objective.settings
-    test, what = objective.test, f"Testing {objective.test.task} of {model.label}"
-    scores = [objective.scores() for _ in heads]
-    for head in heads:
-        head.eval()
-
-    def every_head(features: ProbeFeatures) -> Tensor:
-        """Predictions side by side in the channels, so that images are encoded once."""
-        return torch.cat([objective.predict(head, features) for head in heads], dim=1)
-
+    test, what = objective.test, f"Testing {objective.test.task}"
+    scores = [[objective.scores() for _ in heads] for _, heads in groups]
+    for _, heads in groups:
+        for head in heads:
+            head.eval()
     stride = 1 if stores is None else TEST_BATCH
     for start in range(0, len(test), stride):
         indices = list(range(start, min(start + stride, len(test))))
+        image = torch.empty(0)
         if stores is None:
             sample = windowed(test, start)
             labels = {kind: value[None] for kind, value in labels_of(sample, test.task).items()}
             image = image_tensor(sample.image)[None].to(device).float() / 255
-            maps = objective.on_image(image, lambda seen: every_head(encode(model, seen, settings.features)))
         else:
             assert label_rows is not None
             labels = label_rows.batch(indices)
-            maps = objective.on_tokens([every_head(store.batch(indices, device)) for store in stores])
-        for prediction, collected in zip(maps.chunk(len(heads), dim=1), scores, strict=True):
-            collected.update(prediction, labels)
+        for (model, heads), collected in zip(groups, scores, strict=True):
+            if stores is None:
+                encoder = _Encoder(model, objective.settings.features)
+                for head, one in zip(heads, collected, strict=True):
+                    encoder.place = 0
+                    one.update(_of_image(objective, head, encoder, image), labels)
+            else:
+                tokens = [store.batch(indices, device) for store in stores[model.label]]
+                for head, one in zip(heads, collected, strict=True):
+                    maps = [objective.predict(head, features) for features in tokens]
+                    one.update(objective.on_tokens(maps), labels)
         progress(what, indices[-1] + 1, len(test))
-    for head in heads:
-        head.train()
-    return [collected.compute() for collected in scores]
+    for _, heads in groups:
+        for head in heads:
+            head.train()
+    return [[one.compute() for one in collected] for collected in scores]
+
+
+def _of_image(objective: Objective, head: LinearHead, encoder: _Encoder, image: Tensor) -> Tensor:
+    return objective.on_image(image, lambda seen: objective.predict(head, encoder(seen)))
 
 
 # ---------------------------------------------------------------------- state and results
@@ -453,7 +512,7 @@ def head_file_name(label: str, task: Task, variant: Variant) -> str:
     return f"{plain}-{digest}-{task}-{described}.safetensors"
 
 
-def _result(entry: _Head, objective: Objective, cached: Optional[_Cached], folder: Path) -> LinearResult:
+def _result(entry: _Head, objective: Objective, folder: Path) -> LinearResult:
     from safetensors.torch import save_file
 
     label, task = entry.model.label, objective.train.task
@@ -464,7 +523,6 @@ def _result(entry: _Head, objective: Objective, cached: Optional[_Cached], folde
     measured = [row for row in entry.curve if not math.isnan(row[objective.best_metric])]
     sign = 1 if objective.better == "lower" else -1
     best = min(measured or entry.curve, key=lambda row: sign * row[objective.best_metric])
-    stores = [] if cached is None else [cached.train[label], *cached.test[label]]
     return LinearResult(
         model=label,
         task=task,
@@ -474,7 +532,7 @@ def _result(entry: _Head, objective: Objective, cached: Optional[_Cached], folde
         best_iteration=int(best["iteration"]),
         curve=entry.curve,
         seconds=entry.seconds,
-        tokens_bytes=sum(store.bytes for store in stores),
+        tokens_bytes=entry.tokens_bytes,
         head_file=file,
     )
 

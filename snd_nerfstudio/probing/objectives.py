@@ -2,11 +2,11 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, Generic, Literal, Protocol, TypeVar, runtime_checkable
+from typing import Any, Generic, Literal, Optional, Protocol, TypeVar, runtime_checkable
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Integer, Shaped
 from torch import Tensor
 
 from snd_nerfstudio.errors import InputError
@@ -88,12 +88,13 @@ class Objective(ABC, Generic[Settings, Head]):
 
     def on_image(
         self, image: Float[Tensor, "1 3 H W"], predict: Callable[[Tensor], Tensor]
-    ) -> Float[Tensor, "1 k H W"]:
-        """Prediction of a test image; ``predict`` is that of images as they are seen."""
+    ) -> Shaped[Tensor, "1 k H W"]:
+        """What is judged of a test image; ``predict`` gives what is predicted of images as they are seen."""
         return predict(image)
 
-    def on_tokens(self, predictions: Sequence[Float[Tensor, "b k H W"]]) -> Float[Tensor, "b k H W"]:
-        """Prediction from those of cached tokens: of the images, and of their mirror images if `mirrors`."""
+    def on_tokens(self, predictions: Sequence[Float[Tensor, "b k H W"]]) -> Shaped[Tensor, "b k H W"]:
+        """What is judged where tokens are cached: from predictions of the images, and of their mirror images if
+        `mirrors`."""
         return predictions[0]
 
     @property
@@ -237,9 +238,9 @@ class ClassScores:
     def __init__(self, classes: int) -> None:
         self.counts = SegmentationCounts(classes, IGNORE)
 
-    def update(self, prediction: Float[Tensor, "b k H W"], labels: Labels) -> None:
-        """Add images."""
-        self.counts.update(prediction.argmax(dim=1).cpu(), labels["labels"].cpu())
+    def update(self, prediction: Integer[Tensor, "b 1 H W"], labels: Labels) -> None:
+        """Add images, whose classes are given."""
+        self.counts.update(prediction[:, 0].cpu(), labels["labels"].cpu())
 
     def compute(self) -> dict[str, float]:
         """``aAcc``, ``mIoU``, ``mAcc`` in percent."""
@@ -280,7 +281,7 @@ class SegmentationObjective(Objective[SegmentationProbe, SegmentationHead]):
 
     def on_image(
         self, image: Float[Tensor, "1 3 H W"], predict: Callable[[Tensor], Tensor]
-    ) -> Float[Tensor, "1 k H W"]:
+    ) -> Integer[Tensor, "1 1 H W"]:
         settings, size = self.settings, (image.shape[-2], image.shape[-1])
         if settings.short_side is not None:
             image = resized_bytes(image, rescaled_size(size, settings.long_side, settings.short_side))
@@ -288,9 +289,38 @@ class SegmentationObjective(Objective[SegmentationProbe, SegmentationHead]):
             logits = predict(image)
         else:
             logits = slide(image, predict, settings.window, settings.stride)
-        if logits.shape[-2:] == size:
-            return logits
-        return F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+        return largest_class(logits, size)
+
+    def on_tokens(self, predictions: Sequence[Float[Tensor, "b k H W"]]) -> Integer[Tensor, "b 1 H W"]:
+        return largest_class(predictions[0], tuple(predictions[0].shape[-2:]))
+
+
+def largest_class(
+    logits: Float[Tensor, "b k h w"], size: tuple[int, int], at_once: int = 2**25
+) -> Integer[Tensor, "b 1 H W"]:
+    """The class with the largest logit, at another size; the first of equal ones.
+
+    Logits of many classes at the size of a photograph take gigabytes, so only some classes are enlarged at a time.
+
+    Args:
+        logits: of each class.
+        size: rows and columns to which they are resized, bilinearly (``align_corners=False``).
+        at_once: resized logits that exist at a time.
+    """
+    if logits.shape[-2:] == size:
+        return logits.argmax(dim=1, keepdim=True)
+    best: Optional[Tensor] = None
+    found = torch.zeros(0)
+    step = max(at_once // (len(logits) * size[0] * size[1]), 1)
+    for start in range(0, logits.shape[1], step):
+        part = logits[:, start : start + step]
+        value, place = F.interpolate(part, size=size, mode="bilinear", align_corners=False).max(dim=1, keepdim=True)
+        if best is None:
+            best, found = value, place
+        else:
+            larger = value > best
+            best, found = torch.where(larger, value, best), torch.where(larger, place + start, found)
+    return found
 
 
 def resized_bytes(image: Float[Tensor, "1 3 H W"], size: tuple[int, int]) -> Float[Tensor, "1 3 h w"]:

@@ -151,7 +151,8 @@ class DepthProbe(LinearProbe):
     gradient_weight: float = 0.0
     """Of the multi-scale gradient loss, which is 0 in the released code by mistake."""
     crop: Optional[tuple[int, int]] = None
-    """Rows and columns of training crops; None: 416 544, for KITTI 352 704."""
+    """Rows and columns of training crops; None: 416 544, for KITTI 352 704, and rooms whole, of whatever size they
+    were made."""
     brightness: Optional[tuple[float, float]] = None
     """Random factor on all colours; None: 0.75 1.25, for KITTI 0.9 1.1."""
     flip_average: bool = True
@@ -162,8 +163,10 @@ class DepthProbe(LinearProbe):
     def augmentation(self, dataset: str) -> DepthAugmentation:
         """Random changes to a dataset's training images; its border is cut off before."""
         kitti = dataset == "kitti"
-        crop = self.crop or (KITTI_CROP if kitti else USUAL_CROP)
-        return DepthAugmentation(crop=crop, brightness=self.brightness or ((0.9, 1.1) if kitti else (0.75, 1.25)))
+        usual = {"kitti": KITTI_CROP, "rooms": None}.get(dataset, USUAL_CROP)
+        return DepthAugmentation(
+            crop=self.crop or usual, brightness=self.brightness or ((0.9, 1.1) if kitti else (0.75, 1.25))
+        )
 
     def check(self) -> None:
         super().check()

@@ -21,11 +21,14 @@ from snd_nerfstudio.errors import InputError
 
 SCHEMA = 1
 """Raised whenever a reader of the files would have to change."""
+REVISION = 1
+"""Raised by hand whenever a change of this package changes what some measurement gives, so that nothing that was
+measured before is taken for it."""
 PACKAGES = ("torch", "timm", "nerfstudio", "snd-nerfstudio", "numpy")
 """Whose versions are written down, as far as they are installed."""
 DATASET_PARTS: dict[str, Any] = dict(name=str, content_hash=str, split_rule=str, samples=dict, notes=list)
 WHAT_PARTS: dict[str, Any] = dict(
-    task=str, model=str, description=dict, protocol=str, config=dict, seed=int, variant=dict
+    task=str, model=str, description=dict, protocol=str, config=dict, seed=int, variant=dict, revision=int
 )
 RESULT_PARTS: dict[str, Any] = dict(
     last=dict, best=dict, best_iteration=(int, type(None)), seconds=(int, float)
@@ -66,6 +69,8 @@ class Measurement:
     seed: int
     variant: dict[str, Any] = field(default_factory=dict)
     """What tells a head from others of the same model and settings."""
+    revision: int = REVISION
+    """Of the code that measured."""
 
     @property
     def key(self) -> str:

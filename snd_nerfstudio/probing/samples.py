@@ -3,6 +3,7 @@
 import hashlib
 import os
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -100,22 +101,25 @@ class ProbeDataset(ABC):
         return None
 
     def content_hash(self) -> str:
-        """SHA-256 over the names and sizes of all files of all samples, sorted, and over the content of the lists.
+        """SHA-256 over the names and sizes of all files of all samples, sorted, and over the content of the lists and
+        of files that hold several samples.
 
-        Images themselves are not read: a change that keeps a file's size is not seen.
+        Files of one sample are not read: a change that keeps the size of an image is not seen.
 
         Raises:
             InputError: a file is missing.
         """
 
         # strings in blocks, because paths and futures one by one take minutes for 300,000 files
-        everything = sorted({os.fspath(file) for index in range(len(self)) for file in self.files(index)})
+        counts = Counter(os.fspath(file) for index in range(len(self)) for file in self.files(index))
+        everything = sorted(counts)
+        shared = {Path(file) for file, count in counts.items() if count > 1}
         blocks = [everything[start : start + BLOCK] for start in range(0, len(everything), BLOCK)]
         digest = hashlib.sha256()
         with ThreadPoolExecutor(8) as pool:  # stat calls wait for the disk
             lines = sorted(line for block in pool.map(self._lines, blocks) for line in block)
         digest.update("".join(lines).encode())
-        for file in sorted(self.list_files()):
+        for file in sorted(shared.union(self.list_files())):
             digest.update(f"{self._relative(os.fspath(file))}\t{sha256(file)}\n".encode())
         return digest.hexdigest()
 

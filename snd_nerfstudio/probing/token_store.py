@@ -23,6 +23,7 @@ from snd_nerfstudio.probing.examples import Labels, image_tensor, labels_of, win
 from snd_nerfstudio.probing.features import FeatureSettings, ProbeFeatures, encode
 from snd_nerfstudio.probing.models import ProbeModel
 from snd_nerfstudio.probing.padding import patch_padding
+from snd_nerfstudio.probing.progress import Progress, quiet
 from snd_nerfstudio.probing.samples import ProbeDataset
 
 VERSION = 1
@@ -32,12 +33,6 @@ SHARD = 16
 LIMIT_FLAG = "--cache-limit-gb"
 
 Arrays = dict[str, np.ndarray]
-Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is done, and how much there is."""
-
-
-def quiet(what: str, done: int, total: int) -> None:
-    """No progress is shown."""
 
 
 @dataclass(frozen=True)

@@ -77,4 +77,9 @@ def test_other_tasks_are_augmented_too(rooms, task):
 
 def test_a_crop_that_does_not_fit_names_the_sample(rooms):
     with pytest.raises(InputError, match=r"Sample room_000\d/DSC\d+ of rooms: .* smaller than the training crop"):
-        TrainingBatches(opened(rooms, "depth"), DepthProbe())(0)
+        TrainingBatches(opened(rooms, "depth"), DepthProbe(crop=(57, 70)))(0)
+
+
+def test_rooms_of_any_size_are_augmented_whole(rooms):
+    images, labels = TrainingBatches(opened(rooms, "depth"), DepthProbe(batch=3))(0)
+    assert images.shape == (3, 3, 56, 84) and labels["depth"].shape == (3, 56, 84)

@@ -15,6 +15,7 @@ def test_paper_depth_is_as_released():
     assert (features.positions, features.pad_crop, features.input_norm) == ("timm", "parity", "imagenet")
     assert depth.flip_average and depth.gradient_weight == 0 and depth.eval_every == 38_400 and depth.seed == 42
     assert depth.augmentation("nyuv2").crop == (416, 544) and depth.augmentation("nyuv2").brightness == (0.75, 1.25)
+    assert depth.augmentation("rooms").crop is None
     assert depth.augmentation("kitti").crop == (352, 704) and depth.augmentation("kitti").brightness == (0.9, 1.1)
 
 

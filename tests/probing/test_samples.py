@@ -37,9 +37,9 @@ def folder(tmp_path):
 
 
 def test_the_hash_is_of_names_sizes_and_the_content_of_lists(folder):
-    content = hashlib.sha256(b"a b").hexdigest()
-    # the shared file counts once
-    expected = "a\t3\nb\t5\nshared\t0\n" + f"list\t{content}\n"
+    listed, empty = hashlib.sha256(b"a b").hexdigest(), hashlib.sha256(b"").hexdigest()
+    # the shared file counts once, and is read
+    expected = "a\t3\nb\t5\nshared\t0\n" + f"list\t{listed}\nshared\t{empty}\n"
     assert Texts(folder, ["b", "a"], ["list"]).content_hash() == hashlib.sha256(expected.encode()).hexdigest()
 
 
@@ -51,8 +51,8 @@ def test_the_hash_does_not_depend_on_where_the_dataset_is_nor_on_order_and_time(
     assert Texts(moved, ["below/c", "a"], ["list"]).content_hash() == first
 
 
-@pytest.mark.parametrize("change", ["size", "name", "list", "fewer"])
-def test_the_hash_changes_with_sizes_names_lists_and_samples(folder, change):
+@pytest.mark.parametrize("change", ["size", "name", "list", "shared", "fewer"])
+def test_the_hash_changes_with_sizes_names_lists_shared_files_and_samples(folder, change):
     first = Texts(folder, ["a", "b"], ["list"]).content_hash()
     names = ["a", "b"]
     if change == "size":
@@ -61,6 +61,10 @@ def test_the_hash_changes_with_sizes_names_lists_and_samples(folder, change):
         names[1] = (folder / "b").rename(folder / "d").name
     elif change == "list":
         (folder / "list").write_text("b a")
+    elif change == "shared":
+        (folder / "shared").write_text("12")
+        first = Texts(folder, ["a", "b"], ["list"]).content_hash()
+        (folder / "shared").write_text("21")
     else:
         names = ["a"]
     assert Texts(folder, names, ["list"]).content_hash() != first

@@ -8,6 +8,7 @@ from typing import Literal, Optional
 from snd_nerfstudio.probing.commands.parsing import parse
 from snd_nerfstudio.probing.datasets import DATASETS
 from snd_nerfstudio.probing.datasets.checking import NOTE, check_dataset
+from snd_nerfstudio.probing.progress import quiet, reporting
 
 
 @dataclass
@@ -20,6 +21,9 @@ class Check:
     """Look only at what this needs; pairs: correspondence. None: everything."""
     protocol: Literal["paper", "fixed"] = "fixed"
     """Whose splits are looked at."""
+    thorough: bool = False
+    """Decode every sample instead of five of each split: names all that is damaged, and takes as long as reading the
+    whole dataset does."""
 
 
 def check(name: str, arguments: Sequence[str]) -> list[str]:
@@ -53,7 +57,10 @@ def find(name: str, config: Check) -> list[str]:
         return check_spair(config.check)
     found: list[str] = []
     if name in DATASETS and config.task != "pairs":
-        found += check_dataset(name, config.check, None if config.task is None else [config.task], config.protocol)
+        tasks = None if config.task is None else [config.task]
+        with reporting() as progress:
+            shown = progress if config.thorough else quiet
+            found += check_dataset(name, config.check, tasks, config.protocol, config.thorough, shown)
     if name in NAMES and config.task in (None, "pairs"):
         found += check_pairs(name, config.check)
     return list(dict.fromkeys(found))

@@ -1,21 +1,21 @@
 """What the commands of `snd-probe` share: their flags, opening models and data, and measuring model by model."""
 
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any, Optional
 
 import numpy as np
 import torch
 from PIL import Image
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from snd_nerfstudio.errors import InputError
 from snd_nerfstudio.probing.features import FeatureSettings, feature_map
 from snd_nerfstudio.probing.matching import FeatureMap
 from snd_nerfstudio.probing.models import ProbeModel, open_model
+from snd_nerfstudio.probing.progress import reporting
 from snd_nerfstudio.probing.report import make_tables, to_markdown
 from snd_nerfstudio.probing.results import (
     DatasetRecord,
@@ -245,12 +245,6 @@ def record_of(train: ProbeDataset, test: ProbeDataset) -> DatasetRecord:
 # ---------------------------------------------------------------------- measuring
 
 
-def progress_bar() -> Progress:
-    """A progress bar that is silent where nobody looks."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, disable=not sys.stderr.isatty(), transient=True)
-
-
 @dataclass(frozen=True)
 class Found:
     """What was measured of one model where nothing is trained."""
@@ -284,18 +278,17 @@ def measure(
         InputError: a result cannot be read or written, or what measuring raises.
     """
     results = []
-    with progress_bar() as progress:
+    with reporting() as progress:
         for model in models:
             what = describe(model)
             done = None if flags.again else find_result(what, flags.out)
             if done is None:
-                bar = progress.add_task(f"{what.task}, {model.label}", total=steps)
+                counter = count(1)
                 start = time.perf_counter()
-                found = run(model, lambda bar=bar: progress.advance(bar))
+                found = run(model, lambda: progress(f"{what.task}, {model.label}", next(counter), steps))
                 seconds = time.perf_counter() - start
                 done = finished(what, found.metrics, {}, seconds, device, details=found.details)
                 write_result(done, flags.out, replace=flags.again)
-                progress.remove_task(bar)
             else:
                 announce_done(done, flags.out)
             results.append(done)

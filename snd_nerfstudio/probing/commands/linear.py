@@ -1,8 +1,7 @@
 """`snd-probe depth`, `normals` and `segmentation`: linear probes on frozen backbones."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,7 +17,6 @@ from snd_nerfstudio.probing.commands.common import (
     chosen_device,
     open_models,
     open_splits,
-    progress_bar,
     record_of,
     show,
     spread,
@@ -29,6 +27,7 @@ from snd_nerfstudio.probing.features import encode
 from snd_nerfstudio.probing.linear import STATE_FILE, UNIMPORTANT, LinearResult, run_linear
 from snd_nerfstudio.probing.models import ProbeModel
 from snd_nerfstudio.probing.objectives import Objective, head_inputs, make_objective
+from snd_nerfstudio.probing.progress import reporting
 from snd_nerfstudio.probing.protocols import AnyProbe, DepthProbe, NormalsProbe, SegmentationProbe
 from snd_nerfstudio.probing.results import (
     DatasetRecord,
@@ -78,11 +77,14 @@ class Linear(Flags):
         done = {label: self._earlier(wanted) for label, wanted in planned.items()}
         missing = [model for model in models if not done[model.label]]
         if missing:
-            keys = [what.key for model in missing for what in planned[model.label]]
-            run = hashlib.sha256("".join(keys).encode()).hexdigest()[:12]
-            again = "-again" if self.again else ""  # of its own, so that it too goes on when it was killed
-            folder = self.out / RUNS / file_word(f"{test.task}-{record.name}-{settings.protocol}-{run}{again}")
-            with _progress() as progress:
+            name = f"{test.task}-{record.name}-{settings.protocol}"
+            folder = self._run_folder(name, [what for model in models for what in planned[model.label]])
+            if (folder / STATE_FILE).exists():
+                missing = models  # it was killed while results were written
+                done = {label: [] for label in done}
+            else:
+                folder = self._run_folder(name, [what for model in missing for what in planned[model.label]])
+            with reporting() as progress:
                 trained = run_linear(missing, train, test, settings, folder, device, progress)
             for entry in trained:
                 what = next(what for what in planned[entry.model] if what.variant == plain(entry.variant))
@@ -93,6 +95,12 @@ class Linear(Flags):
         draw_predictions(self, models, results, objective, device)
         show(results, self.out)
         return results
+
+    def _run_folder(self, name: str, planned: Sequence[Measurement]) -> Path:
+        """Of the training that measures so much."""
+        run = hashlib.sha256("".join(what.key for what in planned).encode()).hexdigest()[:12]
+        again = "-again" if self.again else ""  # of its own, so that it too goes on when it was killed
+        return self.out / RUNS / file_word(f"{name}-{run}{again}")
 
     def _earlier(self, wanted: Sequence[Measurement]) -> list[ProbeResult]:
         """What was measured of a model before, if it was all of it."""
@@ -173,20 +181,6 @@ def measurement(model: ProbeModel, settings: AnyProbe, record: DatasetRecord, va
     )
 
 
-@contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar for each thing that is done."""
-    with progress_bar() as progress:
-        bars: dict[str, Any] = {}
-
-        def report(what: str, done: int, total: int) -> None:
-            if what not in bars:
-                bars[what] = progress.add_task(what, total=total)
-            progress.update(bars[what], completed=done, total=total)
-
-        yield report
-
-
 # ---------------------------------------------------------------------- pictures
 
 
@@ -194,7 +188,8 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
 def draw_predictions(
     flags: Flags, models: Sequence[ProbeModel], results: Sequence[ProbeResult], objective: Objective, device: str
 ) -> list[Path]:
-    """Draw what the heads say about some test images, with what is true and how far off they are.
+    """Draw what the heads say about some test images, with what is true and how far off they are; heads that diverged
+    are left out.
 
     Args:
         flags: how many, and where to.
@@ -213,7 +208,7 @@ def draw_predictions(
 
     task, test, files = objective.test.task, objective.test, []
     places = spread(len(test), flags.pictures)
-    named = list(_named(models, results)) if places else []
+    named = [row for row in _named(models, results) if row[2].last[objective.best_metric] is not None] if places else []
     heads = {name: (model, _load_head(flags, model, result, objective, device)) for name, model, result in named}
     for place in places:
         sample = windowed(test, place)
@@ -270,7 +265,7 @@ def _sheet(task: str, sample: Any, found: dict[str, Tensor]) -> Tensor:
     if task == "normals":
         normals = {name: maps[:3].permute(1, 2, 0) for name, maps in found.items()}
         return pictures.normals_sheet(sample.image, torch.from_numpy(sample.normals.copy()), normals, title)
-    labels = {name: maps.argmax(dim=0) for name, maps in found.items()}
+    labels = {name: maps[0] for name, maps in found.items()}
     return pictures.segmentation_sheet(sample.image, torch.from_numpy(sample.labels.copy()), labels, title)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import tyro
 
+from snd_nerfstudio.backbones.variants import RefinedBackbone
 from snd_nerfstudio.errors import InputError
 from snd_nerfstudio.probing.commands.common import (
     Flags,
@@ -24,6 +25,8 @@ from snd_nerfstudio.probing.commands.parsing import given, parse, parse_with_def
 from snd_nerfstudio.probing.correspondence import NAVI, PROTOCOLS, CorrespondenceSettings, evaluate_pairs
 from snd_nerfstudio.probing.features import FeatureSettings
 from snd_nerfstudio.probing.keypoints import SPair71k, evaluate_keypoints
+from snd_nerfstudio.probing.matching import FeatureMap
+from snd_nerfstudio.probing.models import ProbeModel
 from snd_nerfstudio.probing.pairs import NAMES, PairSet, open_pairs
 from snd_nerfstudio.probing.pairs.rooms import read_room, room_folders
 from snd_nerfstudio.probing.results import DatasetRecord, Measurement, ProbeResult, hash_arrays, plain
@@ -32,6 +35,8 @@ from snd_nerfstudio.probing.tracking import evaluate_tracking, room_tracks
 Protocol = Literal["paper", "fixed", "smoke"]
 SCANNET_SIZE = (480, 640)
 """Rows and columns that ScanNet's colour images are resized to (released code)."""
+MEF_LONGEST = 640 * 14 // 8
+"""Pixels of the longer side of an image that MEF sees in its own code."""
 SMOKE_PAIRS = 24
 """Pairs of protocol `smoke` unless --limit says otherwise."""
 
@@ -46,6 +51,22 @@ def _limit_longest(longest: int) -> Callable[[int, int], tuple[int, int]]:
     return resized
 
 
+def usual_size(dataset: str) -> Optional[tuple[int, int]]:
+    """Rows and columns that a dataset's images are resized to before they are measured; None: they stay."""
+    return SCANNET_SIZE if dataset in ("scannet-1500", "superglue") else None
+
+
+def resized_to(size: Optional[tuple[int, int]]) -> Callable[[int, int], tuple[int, int]]:
+    """What `common.encoder` takes; None: no image is resized."""
+    return lambda height, width: size or (height, width)
+
+
+def _as_mef(height: int, width: int) -> tuple[int, int]:
+    """Images so large that a token covers 8 pixels of one whose longer side has 640 (MEF's own code)."""
+    factor = MEF_LONGEST / max(height, width)
+    return round(height * factor), round(width * factor)
+
+
 @dataclass
 class Features(Flags):
     """Flags of commands that match features."""
@@ -58,12 +79,22 @@ class Features(Flags):
     """Transformer block whose tokens are matched; negative ones count from the last."""
     final_norm: bool = False
     """Apply the transformer's final norm; the released code does not."""
+    mef_res: Literal["same", "native"] = "same"
+    """Size of the images that MEF sees: the same as for the others, or as in its own code (the longer side 1120
+    pixels, so that its tokens are finer). The others are not changed by it."""
 
     def settings(self, **more: Any) -> FeatureSettings:
         """Which tokens."""
         return FeatureSettings(
             block=self.block, norm=self.final_norm, extra_patch_quirk=self.protocol == "paper", **more
         )
+
+    def encoder(
+        self, model: ProbeModel, settings: FeatureSettings, resized: Callable[[int, int], tuple[int, int]]
+    ) -> Callable[[np.ndarray], FeatureMap]:
+        """See `common.encoder`."""
+        native = self.mef_res == "native" and isinstance(model.backbone, RefinedBackbone)
+        return encoder(model, settings, _as_mef if native else resized)
 
 
 # ---------------------------------------------------------------------- correspondence
@@ -89,14 +120,15 @@ class Correspondence(Features):
         limit = SMOKE_PAIRS if self.limit is None and self.protocol == "smoke" else self.limit
         chosen = pairs if limit is None else pairs.spread(limit)
         models = open_models(self.models, self.seed, device)
-        size = self.size or (SCANNET_SIZE if self.dataset in ("scannet-1500", "superglue") else None)
+        size = self.size or usual_size(self.dataset)
         record = pairs_record(self.dataset, chosen, len(pairs))
         settings = self.settings_of_pairs
         features = self.settings(input_norm=settings.norm)
-        config = plain({"matching": settings, "features": features, "size": size})
+        recorded = {"matching": settings, "features": features, "size": size, "mef_res": self.mef_res}
+        config = plain(recorded)
 
         def encode(model: Any) -> Any:
-            return encoder(model, features, lambda height, width: size or (height, width))
+            return self.encoder(model, features, resized_to(size))
 
         def run(model: Any, step: Callable[[], None]) -> Found:
             found = evaluate_pairs(chosen, encode(model), settings, lambda _: step()).plain()
@@ -192,7 +224,9 @@ class Keypoints(Features):
         rule = f"published {self.split}" + ("" if len(pairs) == total else f", {len(pairs)} of {total}")
         record = DatasetRecord("spair", content, rule, {self.split: len(pairs)})
         features = self.settings()
-        config = plain({name: getattr(self, name) for name in ("alpha", "window", "temperature", "longest_side")})
+        config = plain(
+            {name: getattr(self, name) for name in ("alpha", "window", "temperature", "longest_side", "mef_res")}
+        )
         config["features"] = plain(features)
 
         def run(model: Any, step: Callable[[], None]) -> Found:
@@ -201,7 +235,7 @@ class Keypoints(Features):
                     yield pair
                     step()
 
-            encode = encoder(model, features, _limit_longest(self.longest_side))
+            encode = self.encoder(model, features, _limit_longest(self.longest_side))
             found = evaluate_keypoints(counted(), encode, self.alpha, self.window, self.temperature)
             metrics = {name: getattr(found, name) for name in ("per_image", "per_point", "category_mean")}
             return Found(metrics, found.plain())
@@ -259,11 +293,11 @@ class Tracking(Features):
         )
         record = DatasetRecord("rooms", content, "rooms for validation", {"videos": len(videos)})
         features = self.settings()
-        config = plain({name: getattr(self, name) for name in ("frames", "points", "window", "temperature")})
+        config = plain({name: getattr(self, name) for name in ("frames", "points", "window", "temperature", "mef_res")})
         config["features"] = plain(features)
 
         def run(model: Any, step: Callable[[], None]) -> Found:
-            encode = encoder(model, features)
+            encode = self.encoder(model, features, resized_to(None))
 
             def counted(image: np.ndarray) -> Any:
                 step()

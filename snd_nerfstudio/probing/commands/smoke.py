@@ -75,7 +75,7 @@ class Smoke:
         results += Tracking(**common, protocol="smoke").main()
         results += Nearest(**common, limit=self.limit, protocol="smoke").main()
         if self.pictures:
-            VisualizePairs(self.models, data, out=self.out / "pictures", count=self.pictures).main()
+            VisualizePairs(self.models, data, out=self.out / "pictures", count=self.pictures, device=self.device).main()
         Report(results=(self.out,), format="all", out=self.out / "report").main()
         print(f"snd-probe smoke took {(time.perf_counter() - began) / 60:.1f} minutes.", flush=True)
         return results

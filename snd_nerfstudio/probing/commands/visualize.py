@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from snd_nerfstudio.errors import InputError
-from snd_nerfstudio.probing.commands.common import encoder, open_models
+from snd_nerfstudio.probing.commands.common import chosen_device, encoder, open_models
+from snd_nerfstudio.probing.commands.matching import resized_to, usual_size
 from snd_nerfstudio.probing.commands.parsing import parse
 from snd_nerfstudio.probing.features import FeatureSettings
 from snd_nerfstudio.probing.models import ProbeModel
@@ -40,6 +41,8 @@ class VisualizePairs:
     """Matches that are drawn of each pair; 0: none. They come from tokens before the final norm, as in evaluation."""
     seed: int = 0
     """Of k-means and of random weights."""
+    device: str = "auto"
+    """Where to compute: cpu, cuda, or auto, which takes a GPU if there is one."""
 
     def main(self) -> list[Path]:
         """Write the pictures, and say where they are.
@@ -53,7 +56,7 @@ class VisualizePairs:
         for name, least in (("count", 1), ("clusters", 1), ("lines", 0)):
             if getattr(self, name) < least:
                 raise InputError(f"--{name} {getattr(self, name)} must be {least} or more.")
-        models = open_models(self.models, self.seed)
+        models = open_models(self.models, self.seed, chosen_device(self.device))
         files = self._images(models) if self.dataset == "images" else self._pairs(models)
         print(f"Wrote {len(files)} pictures to {self.out}.", flush=True)
         return files
@@ -72,12 +75,12 @@ class VisualizePairs:
         from snd_nerfstudio.viewer.pictures import save_png
 
         files = []
-        settings = FeatureSettings(norm=False)
+        settings, resized = FeatureSettings(norm=False), resized_to(usual_size(self.dataset))
         for pair in open_pairs(self.dataset, self.data).spread(self.count):
             name = file_word(pair.name)
             files += self._draw_views(models, pair.images, ["first", "second"], name, pair.name)
             if self.lines:
-                encoders = {model.label: encoder(model, settings) for model in models}
+                encoders = {model.label: encoder(model, settings, resized) for model in models}
                 maps = {label: (one(pair.images[0]), one(pair.images[1])) for label, one in encoders.items()}
                 files.append(self.out / f"{name}_matches.png")
                 save_png(correspondence_sheet(pair, maps, self.lines, pair.name), files[-1])

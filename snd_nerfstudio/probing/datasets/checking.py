@@ -1,6 +1,6 @@
 """What is wrong with a dataset on disk, before hours are spent on it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Optional
@@ -9,10 +9,13 @@ import numpy as np
 
 from snd_nerfstudio.errors import InputError
 from snd_nerfstudio.probing.datasets import DATASETS, KnownDataset, dataset_folder, open_dataset
+from snd_nerfstudio.probing.progress import Progress, quiet
 from snd_nerfstudio.probing.samples import IGNORE, ProbeDataset, ProbeSample, Protocol, Split, Task
 
 READ = 5
 """Samples that are decoded of each split, evenly spread."""
+THREADS = 4
+"""In which samples are decoded."""
 NOTE = "Note: "
 """Begins what may be meant so."""
 SCANNETPP_SIZE = (584, 876)
@@ -20,18 +23,25 @@ SCANNETPP_SIZE = (584, 876)
 
 
 def check_dataset(
-    name: str, root: Path, tasks: Optional[Sequence[Task]] = None, protocol: Protocol = "paper"
+    name: str,
+    root: Path,
+    tasks: Optional[Sequence[Task]] = None,
+    protocol: Protocol = "paper",
+    thorough: bool = False,
+    progress: Progress = quiet,
 ) -> list[str]:
     """What is missing or wrong in every split of every task.
 
-    Looks for folders, lists and all files that they name, decodes a few samples, and compares depth with what is
-    usual and numbers with what is published.
+    Looks for folders, lists and all files that they name, decodes samples, and compares depth with what is usual and
+    numbers with what is published.
 
     Args:
         name: one of `DATASETS`.
         root: the dataset's folder, or the one above it.
         tasks: only these.
         protocol: whose splits.
+        thorough: decode every sample, and not a few.
+        progress: told how many samples of a split are decoded.
 
     Returns:
         Sentences that name a path and what to do, each once; those that begin with `NOTE` need not be mended. Empty:
@@ -50,7 +60,9 @@ def check_dataset(
             except InputError as error:
                 found.append(f"{task}, {split}: {error}")
                 continue
-            found += [_marked(text, f"{task}, {split}") for text in _check_split(splits[split], known)]
+            where, number = f"{task}, {split}", None if thorough else READ
+            looked = _check_split(splits[split], known, number, lambda n, of, where=where: progress(where, n, of))
+            found += [_marked(text, where) for text in looked]
         if len(splits) == 2:
             found += [_marked(text, task) for text in _compare(splits["train"], splits["test"])]
     return list(dict.fromkeys(found))
@@ -61,7 +73,10 @@ def _marked(text: str, where: str) -> str:
     return f"{NOTE if note else ''}{where}: {text.removeprefix(NOTE)}"
 
 
-def _check_split(dataset: ProbeDataset, known: KnownDataset) -> list[str]:
+def _check_split(
+    dataset: ProbeDataset, known: KnownDataset, number: Optional[int], progress: Callable[[int, int], None]
+) -> list[str]:
+    """What is wrong with a split, so many of whose samples are decoded; None: all."""
     found = []
     published = known.counts.get((dataset.task, dataset.split))
     if published is not None and len(dataset) != published:
@@ -71,17 +86,25 @@ def _check_split(dataset: ProbeDataset, known: KnownDataset) -> list[str]:
         found.append(f"{NOTE}{len(dataset.left_out)} bad frames in {dataset.root} are left out: {names}.")
     found += [f"{NOTE}{note}" for note in dataset.notes]
     found += _missing(dataset)
-    looked_at = np.unique(np.linspace(0, len(dataset) - 1, READ).round().astype(int)).tolist()
+    looked_at = range(len(dataset))
+    if number is not None:
+        looked_at = np.unique(np.linspace(0, len(dataset) - 1, number).round().astype(int)).tolist()
     unreadable: list[str] = []
     examples: dict[str, str] = {}
-    for index in looked_at:
+
+    def look(index: int) -> dict[str, str] | InputError:
         try:
-            sample = dataset[index]
+            return _unusual(dataset[index], dataset, index, known)
         except InputError as error:
-            unreadable.append(str(error))
-            continue
-        for kind, text in _unusual(sample, dataset, index, known).items():
-            examples.setdefault(kind, text)
+            return error
+
+    with ThreadPoolExecutor(THREADS) as pool:  # decoding leaves Python's lock
+        for done, seen in enumerate(pool.map(look, looked_at), start=1):
+            if isinstance(seen, InputError):
+                unreadable.append(str(seen))
+            else:
+                examples = {**seen, **examples}  # the first of each kind
+            progress(done, len(looked_at))
     # where nothing can be read, the cause is one
     return found + (unreadable[:1] if len(unreadable) == len(looked_at) else unreadable) + list(examples.values())
 

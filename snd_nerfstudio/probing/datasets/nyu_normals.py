@@ -88,7 +88,7 @@ class GeoNetDataset(ProbeDataset):
 
     The released code deletes two frames by their place in the sorted list, which deletes others as soon as a file is
     missing or added. Here those named in bad_frames.txt are left out, and those whose file is cut short; a frame that
-    decodes to something impossible is refused when it is read. `find_bad_frames` looks for all of them.
+    decodes to something impossible is refused when it is read; ``--check --thorough`` names all of these.
     """
 
     def __init__(self, request: Request, folder: Path) -> None:
@@ -203,19 +203,6 @@ def _load_mat(file: Path, keys: list[str]) -> dict[str, Any]:
         return loadmat(str(file), variable_names=keys)
     except (*_BROKEN, MatReadError, zlib.error) as error:
         raise InputError(f"{file} cannot be decoded ({error}): download it again.") from error
-
-
-def find_bad_frames(folder: Path) -> list[str]:
-    """Names of the frames of GeoNet that cannot be used; every file is decoded, which takes a while."""
-
-    def usable(file: Path) -> bool:
-        try:
-            read_geonet(file, exact=False)
-        except InputError:
-            return False
-        return True
-
-    return [file.name for file in sorted(folder.glob("*.mat")) if not (is_complete(file) and usable(file))]
 
 
 # ---------------------------------------------------------------------- testing

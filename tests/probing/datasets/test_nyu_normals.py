@@ -8,7 +8,8 @@ from PIL import Image
 
 from snd_nerfstudio.errors import InputError
 from snd_nerfstudio.probing.datasets import nyu_normals, open_dataset
-from snd_nerfstudio.probing.datasets.nyu_normals import find_bad_frames, is_complete
+from snd_nerfstudio.probing.datasets.checking import check_dataset
+from snd_nerfstudio.probing.datasets.nyu_normals import is_complete
 from tests.probing.datasets.writers import geonet_name, sized, write_geonet, write_labelled
 
 
@@ -115,7 +116,8 @@ def test_an_impossible_frame_is_refused_and_can_be_listed(geonet, change, messag
     dataset = train(root)
     with pytest.raises(InputError, match=message + rf".*or leave it out: add the line {file.name} to .*bad_frames"):
         dataset[2]
-    assert find_bad_frames(root / "nyu_geonet") == [file.name]
+    found = [text for text in check_dataset("nyuv2", root, ["normals"], thorough=True) if "train:" in text]
+    assert len(found) == 1 and str(file) in found[0] and f"add the line {file.name} to" in found[0]
     (root / "nyu_geonet" / "bad_frames.txt").write_text(file.name + "\n")
     listed = train(root)
     assert len(listed) == 3 and listed.left_out == (file.name,) and len(list(listed)) == 3
