@@ -197,6 +197,28 @@ def test_mef_sees_images_as_large_as_in_its_own_code_if_asked_to():
     assert grids["mef", "same"] == grids[tiny_model().label, "same"] == grids[tiny_model().label, "native"] == (4, 6)
 
 
+def test_another_seed_draws_other_pairs(probe):
+    (first,) = probe("correspondence", "--limit", 4)
+    other = next(found for found in probe("correspondence", "--limit", 4, "--pair-seed", 5) if found != first)
+    assert other.what.dataset.content_hash != first.what.dataset.content_hash
+
+
+@pytest.mark.parametrize(
+    ("command", "flags", "message"),
+    [
+        ("tracking", ("--window", "-1"), "--window -1"),
+        ("tracking", ("--frames", "0"), "--frames 0"),
+        ("depth", ("--features.block", "99"), "--features.block 99"),
+        ("depth", ("--epochs", "1"), "--epochs 1 and --iterations 307200 contradict"),
+        ("depth", ("--betas", "0.9", "0.99"), "--betas has no effect"),
+        ("normals", ("--epochs", "0"), "--epochs 0 must be above 0"),
+    ],
+)
+def test_settings_that_would_have_no_effect_or_are_impossible_are_refused(probe, command, flags, message):
+    with pytest.raises(InputError, match=message):
+        probe(command, *flags)
+
+
 def test_points_are_tracked(probe):
     (found,) = probe("tracking", "--frames", 4, "--points", 20)
     assert found.what.dataset.samples == {"videos": 1} and found.details["points"] == 20
@@ -241,6 +263,8 @@ def test_both_backbones_of_a_run_can_be_measured(probe, adapted_run):
         (("--limit", "0"), "--limit 0"),
         (("--device", "toaster"), "--device toaster"),
         (("--dataset", "nyuv2"), "--dataset nyuv2 has no posed pairs"),
+        (("--block", "99"), "--block 99: tiny=random has 4 blocks, so give -4 to 3"),
+        (("--size", "0", "5"), "--size"),
     ],
 )
 def test_impossible_flags_are_named(probe, flags, message):
@@ -318,6 +342,44 @@ def test_measured_again_a_probe_gives_the_same(probe):
     (first,) = probe("depth", *FEW)
     (again,) = probe("depth", *FEW, "--again")
     assert again.last == first.last and again.details["curve"] == first.details["curve"]
+
+
+def test_further_heads_are_added_to_those_that_are_there(probe, tmp_path, capsys):
+    """A head does not depend on the others, nor on the order in which models are named."""
+    (first,) = probe("depth", *FEW)
+    file = tmp_path / first.what.file_name
+    before = file.read_bytes()
+    more = probe("depth", *FEW, "--repeats", 2, "--more-lrs", 1e-3)
+    assert len(more) == 4 and file.read_bytes() == before and "Already measured" in capsys.readouterr().out
+    assert len({(found.what.variant["lr"], found.what.variant["repeat"]) for found in more}) == 4
+    count = len(list((tmp_path / "runs").iterdir()))
+    probe("depth", *FEW, "--repeats", 2, "--more-lrs", 1e-3)
+    assert len(list((tmp_path / "runs").iterdir())) == count
+
+
+def test_a_folder_that_cannot_be_written_is_named_before_anything_is_measured(rooms, tmp_path):
+    (tmp_path / "file").write_text("")
+    for command in ("depth", "correspondence"):
+        flags = ["--models", TINY, "--data", str(rooms), "--out", str(tmp_path / "file" / "probes")]
+        with pytest.raises(InputError, match=r"--out .*file/probes cannot be written"):
+            snd_probe.main([command, *flags])
+
+
+def test_tokens_on_disk_are_shared_by_trainings_and_counted_before_they_are_made(probe, tmp_path):
+    flags = ("--protocol", "fixed", "--cache", "disk", "--batch", 2, "--limit", 4, "--iterations", 2)
+    probe("depth", *flags)
+    kept = {file: file.stat().st_mtime_ns for file in (tmp_path / "tokens").rglob("*.npy")}
+    probe("depth", *flags, "--lr", 1e-3)
+    assert kept == {file: file.stat().st_mtime_ns for file in (tmp_path / "tokens").rglob("*.npy")}
+    # 6 x 4 tokens of 96 channels and a class token, 4 training and 8 test images with their mirror images, labels
+    size = 12 * 2 * 96 * 25 + 8 * 56 * 84 * 4
+    for limit, enough in ((size + 1, True), (size - 1, False)):
+        more = ("--lr", 2e-4 + 1e-4 * enough, "--cache-limit-gb", limit / 1e9)
+        if enough:
+            probe("depth", *flags, *more)
+        else:
+            with pytest.raises(InputError, match="Tokens and labels of 1 models take .* GB together, more than"):
+                probe("depth", *flags, *more)
 
 
 def test_the_default_protocol_runs_on_rooms_of_any_size(probe):

@@ -6,7 +6,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Optional
@@ -25,10 +25,12 @@ from snd_nerfstudio.probing.progress import Progress, quiet
 from snd_nerfstudio.probing.protocols import AnyProbe
 from snd_nerfstudio.probing.samples import ProbeDataset, Task
 from snd_nerfstudio.probing.token_store import (
+    LIMIT_FLAG,
     CachePlace,
     LabelStore,
     TokenStore,
     label_store,
+    stored_labels,
     token_store,
 )
 
@@ -37,6 +39,10 @@ TEST_BATCH = 4
 """Images that heads see at once when they are tested on cached tokens."""
 UNIMPORTANT = ("cache_folder", "cache_limit_gb", "save_every", "workers")
 """Settings that do not change results."""
+OF_OTHER_HEADS = ("more_lrs", "repeats")
+"""Settings that say which other heads there are, which does not change the result of one."""
+OF_EACH_HEAD = ("lr",)
+"""Settings that the heads have each for itself."""
 
 
 @dataclass
@@ -122,6 +128,7 @@ def run_linear(
     folder: Path,
     device: torch.device | str = "cpu",
     progress: Progress = quiet,
+    skip: Collection[tuple[str, str]] = (),
 ) -> list[LinearResult]:
     """Train heads on frozen models, and test them.
 
@@ -137,6 +144,7 @@ def run_linear(
             same settings, models and data, that is continued; if a finished one, its results are given.
         device: where models and heads run; the models stay there.
         progress: called with what is being done, how much of it is done, and how much there is.
+        skip: heads that are not trained: label of the model, and `variant_name`.
 
     Returns:
         A result for each head, model after model.
@@ -149,11 +157,11 @@ def run_linear(
     if not models or len({model.label for model in models}) < len(models):
         raise InputError("--models needs one model or more, each of them once.")
     hashes = train.content_hash(), test.content_hash()
-    key = _run_key(models, settings, hashes, (train, test))
     folder.mkdir(parents=True, exist_ok=True)
     for model in models:
         model.backbone.to(device)
-    heads = _make_heads(models, settings, objective, device)
+    heads = _make_heads(models, settings, objective, device, skip)
+    key = _run_key(heads, settings, hashes, (train, test))
     done = _load_state(folder, key, heads)
     total = settings.steps(len(train))
     if done < total:
@@ -168,22 +176,32 @@ def run_linear(
 
 
 def _run_key(
-    models: Sequence[ProbeModel], settings: AnyProbe, hashes: tuple[str, str], datasets: Sequence[ProbeDataset]
+    heads: Sequence[_Head], settings: AnyProbe, hashes: tuple[str, str], datasets: Sequence[ProbeDataset]
 ) -> str:
-    used = {name: value for name, value in asdict(settings).items() if name not in UNIMPORTANT}
-    described = [(model.label, model.description["state_sha256"], model.description["positions"]) for model in models]
+    unused = (*UNIMPORTANT, *OF_OTHER_HEADS, *OF_EACH_HEAD)
+    used = {name: value for name, value in asdict(settings).items() if name not in unused}
+    described = [
+        (entry.model.label, *(entry.model.description[name] for name in ("state_sha256", "positions")), entry.variant)
+        for entry in heads
+    ]
     shapes = [(dataset.name, dataset.split, dataset.window, len(dataset)) for dataset in datasets]
     text = json.dumps([type(settings).__name__, used, described, hashes, shapes], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _make_heads(
-    models: Sequence[ProbeModel], settings: AnyProbe, objective: Objective, device: torch.device | str
+    models: Sequence[ProbeModel],
+    settings: AnyProbe,
+    objective: Objective,
+    device: torch.device | str,
+    skip: Collection[tuple[str, str]],
 ) -> list[_Head]:
     """Heads of one repeat start from the same random numbers whatever else there is."""
     heads = []
     for model in models:
         for variant in objective.variants():
+            if (model.label, variant_name(variant)) in skip:
+                continue
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(settings.seed + variant["repeat"])
                 head = objective.make_head(*head_inputs(model, settings), variant)
@@ -209,7 +227,12 @@ def _cache(
     device: torch.device | str,
     progress: Progress,
 ) -> _Cached:
-    """Everything that is computed once."""
+    """Everything that is computed once.
+
+    Raises:
+        InputError: it would take more than allowed, which is known from one image.
+    """
+    _check_cache_size(models, train, test, settings, objective, device)
     kept = (settings.cache_folder or folder / "tokens") if settings.cache == "disk" else None
     used = 0
 
@@ -231,6 +254,31 @@ def _cache(
             tested[model.label].append(store)
             used += store.bytes
     return _Cached(*labels, train=trained, test=tested)
+
+
+def _check_cache_size(
+    models: Sequence[ProbeModel],
+    train: ProbeDataset,
+    test: ProbeDataset,
+    settings: AnyProbe,
+    objective: Objective,
+    device: torch.device | str,
+) -> None:
+    """Raise `InputError` if tokens and labels of all models together are larger than allowed."""
+    total = 0
+    for dataset, times in ((train, 1), (test, 1 + objective.mirrors)):
+        rows = stored_labels(windowed(dataset, 0), dataset.task)
+        total += len(dataset) * sum(array.nbytes for array in rows.values())
+        image = image_tensor(windowed(dataset, 0).image)[None].to(device)
+        for model in models:
+            features = encode(model, image, settings.features)
+            parts = [features.tokens] + ([] if features.class_token is None else [features.class_token])
+            total += len(dataset) * times * sum(2 * part.numel() for part in parts)
+    if total > settings.cache_limit_gb * 1e9:
+        raise InputError(
+            f"Tokens and labels of {len(models)} models take {total / 1e9:.3g} GB together, more than {LIMIT_FLAG} "
+            f"{settings.cache_limit_gb:g} allows: raise it, give fewer --models or a --limit, or --cache none."
+        )
 
 
 def _on(labels: Labels, device: torch.device | str) -> Labels:
@@ -501,11 +549,16 @@ def _load_state(folder: Path, key: str, heads: Sequence[_Head]) -> int:
     return iteration
 
 
-def head_file_name(label: str, task: Task, variant: Variant) -> str:
-    """A file name that tells the heads of a run apart."""
-    described = "-".join(
+def variant_name(variant: Variant) -> str:
+    """What tells a head from the model's others, as one word."""
+    return "-".join(
         f"{name}_{value:g}" if isinstance(value, (int, float)) else f"{name}_{value}" for name, value in variant.items()
     )
+
+
+def head_file_name(label: str, task: Task, variant: Variant) -> str:
+    """A file name that tells the heads of a run apart."""
+    described = variant_name(variant)
     # two labels may look alike once they are plain
     digest = hashlib.sha256(label.encode()).hexdigest()[:6]
     plain = re.sub(r"[^A-Za-z0-9_.-]+", "-", label)[-60:]

@@ -292,7 +292,7 @@ class SegmentationObjective(Objective[SegmentationProbe, SegmentationHead]):
         return largest_class(logits, size)
 
     def on_tokens(self, predictions: Sequence[Float[Tensor, "b k H W"]]) -> Integer[Tensor, "b 1 H W"]:
-        return largest_class(predictions[0], tuple(predictions[0].shape[-2:]))
+        return largest_class(predictions[0], (predictions[0].shape[-2], predictions[0].shape[-1]))
 
 
 def largest_class(

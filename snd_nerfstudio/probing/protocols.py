@@ -115,6 +115,13 @@ class LinearProbe:
                 raise InputError(f"--{name} {value} is too small: give 1 or more.")
         if self.iterations is not None and self.iterations < 1:
             raise InputError(f"--iterations {self.iterations} is too small: give 1 or more.")
+        if self.epochs is not None and self.epochs <= 0:
+            raise InputError(f"--epochs {self.epochs:g} must be above 0.")
+        if self.iterations is not None and self.epochs not in (None, type(self)().epochs):
+            raise InputError(
+                f"--epochs {self.epochs:g} and --iterations {self.iterations} contradict each other: give --iterations "
+                "None to train by epochs."
+            )
         if min(self.rates) <= 0:
             raise InputError(f"--lr {min(self.rates):g} must be above 0.")
         if not 0 <= self.warmup < 1:
@@ -170,6 +177,8 @@ class DepthProbe(LinearProbe):
 
     def check(self) -> None:
         super().check()
+        if self.beta_cycle and self.betas != DepthProbe().betas:
+            raise InputError("--betas has no effect while the first beta is cycled: give --no-beta-cycle too.")
         if not self.augment and (self.crop or self.brightness):
             raise InputError("--crop and --brightness belong to --augment: leave them out, or give --augment.")
 

@@ -36,7 +36,7 @@ SHOWN: dict[str, tuple[str, ...]] = {
     "segmentation": ("aAcc", "mIoU", "mAcc"),
 }
 """Metrics in the tables; of other tasks all. CSV has all of all."""
-BOOKKEEPING = ("protocol", "more_lrs", "repeats", "cache_folder", "cache_limit_gb", "save_every", "workers", "seed")
+BOOKKEEPING = ("protocol", "seed")
 """Settings that change nothing of how one head is trained and tested, or that tell heads apart by themselves."""
 LOWER_IS_BETTER = ("abs_rel", "rmse", "rmse_log", "log10", "silog", "sq_rel", "mean", "median", "rmse_pooled")
 """Of every other metric more is better."""
@@ -159,7 +159,7 @@ def _table(task: str, results: Sequence[ProbeResult], which: Which) -> Table:
             column = Column(what.dataset.name, conditions[what.key], metric)
             columns[column] = None
             if value is not None:
-                comparable = conditions[what.key] == what.protocol
+                comparable = conditions[what.key] == what.protocol and not what.dataset.part
                 paper = paper_value(task, what.dataset.name, metric, what.description) if comparable else None
                 row[column] = value, paper
     best = {}
@@ -181,7 +181,8 @@ def _conditions(results: Sequence[ProbeResult]) -> dict[str, str]:
         changed = _changed(what)
         names[what.key] = f"{what.protocol}, changed: {' '.join(changed)}" if changed else what.protocol
         used = [what.dataset.content_hash, what.dataset.split_rule, sorted(what.dataset.samples.items())]
-        used.append([what.config.get(name) for name in changed])
+        used.append(what.revision)
+        used.append([_used(what, name) for name in changed])
         copies[what.key] = hashlib.sha256(json.dumps(used, default=str).encode()).hexdigest()[:6]
     places: dict[tuple[str, str], set[str]] = {}
     for result in results:
@@ -199,11 +200,13 @@ def _changed(what: Measurement) -> list[str]:
     if what.task not in PROBES or what.protocol not in ("paper", "fixed", "smoke"):
         return []
     usual = plain(getattr(PROBES[what.task], what.protocol)())
-    return [
-        name
-        for name, value in what.config.items()
-        if name not in BOOKKEEPING and name in usual and value != usual[name]
-    ]
+    names = [name for name in what.config if name not in BOOKKEEPING and name in usual]
+    return [name for name in names if _used(what, name) != usual[name]]
+
+
+def _used(what: Measurement, name: str) -> Any:
+    """What a setting was for one head: those of one training may have learning rates of their own."""
+    return what.variant.get(name, what.config.get(name)) if name == "lr" else what.config.get(name)
 
 
 def _metrics(result: ProbeResult, which: Which) -> dict[str, Optional[float]]:
@@ -265,6 +268,11 @@ def _notes(task: str, results: Sequence[ProbeResult], rows: Sequence[Any], which
         samples = ", ".join(f"{count} {split}" for split, count in sorted(what.dataset.samples.items()))
         notes.append(f"{what.dataset.name} ({what.protocol}): {samples}; split: {what.dataset.split_rule}.")
         notes += [f"{what.dataset.name}: {note}" for note in what.dataset.notes]
+        newest = max(other.what.revision for other in results)
+        if what.revision < newest:
+            notes.append(
+                f"{what.model} on {what.dataset.name} was measured by an earlier version: --again measures anew."
+            )
         if what.description.get("weights") == "random":
             notes.append(f"{what.model} has random weights.")
     return list(dict.fromkeys(notes))

@@ -19,14 +19,14 @@ import torch
 
 from snd_nerfstudio.errors import InputError
 
-SCHEMA = 1
+SCHEMA = 2
 """Raised whenever a reader of the files would have to change."""
 REVISION = 1
 """Raised by hand whenever a change of this package changes what some measurement gives, so that nothing that was
 measured before is taken for it."""
 PACKAGES = ("torch", "timm", "nerfstudio", "snd-nerfstudio", "numpy")
 """Whose versions are written down, as far as they are installed."""
-DATASET_PARTS: dict[str, Any] = dict(name=str, content_hash=str, split_rule=str, samples=dict, notes=list)
+DATASET_PARTS: dict[str, Any] = dict(name=str, content_hash=str, split_rule=str, samples=dict, notes=list, part=bool)
 WHAT_PARTS: dict[str, Any] = dict(
     task=str, model=str, description=dict, protocol=str, config=dict, seed=int, variant=dict, revision=int
 )
@@ -51,6 +51,8 @@ class DatasetRecord:
     """How many were used, by split."""
     notes: tuple[str, ...] = ()
     """What whoever reads the numbers should know about this copy."""
+    part: bool = False
+    """Some samples of it only, which nothing that was published can be compared with."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +76,10 @@ class Measurement:
 
     @property
     def key(self) -> str:
-        """SHA-256 over all of this in a canonical form."""
-        content = json.dumps(plain(self), sort_keys=True, allow_nan=False)
+        """SHA-256 over all of this in a canonical form, but for where weights were read from."""
+        content = plain(self)
+        content["description"].pop("weights_source", None)  # where they lay; the hashes say which they are
+        content = json.dumps(content, sort_keys=True, allow_nan=False)
         return hashlib.sha256(content.encode()).hexdigest()
 
     @property

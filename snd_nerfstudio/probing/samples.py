@@ -72,6 +72,8 @@ class ProbeDataset(ABC):
     """Where the split comes from, for reports."""
     notes: tuple[str, ...] = ()
     """Sentences about this copy of the dataset that whoever uses it should read."""
+    part: bool = False
+    """Only some of its samples are taken."""
 
     @abstractmethod
     def __len__(self) -> int: ...

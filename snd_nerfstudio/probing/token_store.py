@@ -24,10 +24,11 @@ from snd_nerfstudio.probing.features import FeatureSettings, ProbeFeatures, enco
 from snd_nerfstudio.probing.models import ProbeModel
 from snd_nerfstudio.probing.padding import patch_padding
 from snd_nerfstudio.probing.progress import Progress, quiet
-from snd_nerfstudio.probing.samples import ProbeDataset
+from snd_nerfstudio.probing.results import REVISION
+from snd_nerfstudio.probing.samples import ProbeDataset, ProbeSample, Task
 
 VERSION = 1
-"""Of the layout on disk and of what the numbers mean."""
+"""Of the layout on disk; what the numbers mean is told by `results.REVISION`."""
 SHARD = 16
 """Rows that are computed and written at once."""
 LIMIT_FLAG = "--cache-limit-gb"
@@ -71,7 +72,7 @@ def stored_arrays(
     Raises:
         InputError: they would be larger than allowed or than the disk is; or files are damaged.
     """
-    text = json.dumps({"version": VERSION, **key}, sort_keys=True)
+    text = json.dumps({"version": VERSION, "revision": REVISION, **key}, sort_keys=True)
     folder = None if place.folder is None else place.folder / hashlib.sha256(text.encode()).hexdigest()[:24]
     done, arrays = (0, {}) if folder is None else _opened(folder, text, rows)
     while done < rows:
@@ -276,6 +277,12 @@ class LabelStore:
         return {name: row.float() if row.dtype == torch.float16 else row for name, row in rows.items()}
 
 
+def stored_labels(sample: ProbeSample, task: Task) -> Arrays:
+    """Labels of one sample as they are kept."""
+    arrays = {kind: value.numpy() for kind, value in labels_of(sample, task).items()}
+    return {kind: array.astype(np.float16) if kind == "normals" else array for kind, array in arrays.items()}
+
+
 def label_store(
     dataset: ProbeDataset,
     place: CachePlace,
@@ -301,8 +308,7 @@ def label_store(
     def fill(start: int, stop: int) -> Arrays:
         samples = [windowed(dataset, index) for index in range(start, stop)]
         _same_size([(row.name, (row.image.shape[0], row.image.shape[1])) for row in samples], (height, width), dataset)
-        rows = [labels_of(sample, dataset.task) for sample in samples]
-        arrays = {kind: np.stack([row[kind].numpy() for row in rows]) for kind in rows[0]}
-        return {kind: array.astype(np.float16) if kind == "normals" else array for kind, array in arrays.items()}
+        rows = [stored_labels(sample, dataset.task) for sample in samples]
+        return {kind: np.stack([row[kind] for row in rows]) for kind in rows[0]}
 
     return LabelStore(stored_arrays(what, key, len(dataset), fill, place, progress))

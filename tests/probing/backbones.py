@@ -55,7 +55,7 @@ class KnownMaps(nn.Module):
         self.register_buffer("maps", torch.cat([maps, maps.flip(-1)]).permute(0, 2, 3, 1).contiguous())
 
     def prepared_tokens(self, prepared, block, norm):
-        distance = torch.cdist(prepared.flatten(1), self.known)
+        distance = torch.cdist(prepared.flatten(1), self.known, compute_mode="donot_use_mm_for_euclid_dist")
         found = distance.argmin(dim=1)
         assert distance.gather(1, found[:, None]).max() < 0.1  # of 14,000 numbers of about 1
         return Tokens(self.maps[found], None)

@@ -120,6 +120,25 @@ def test_an_interrupted_run_goes_on_exactly_as_it_would_have(rooms, tmp_path, ca
         assert expected.keys() == found.keys() and all(torch.equal(expected[key], found[key]) for key in expected)
 
 
+@pytest.mark.parametrize("kind", [DepthProbe, NormalsProbe])
+def test_interrupted_runs_of_other_tasks_go_on_exactly_too(rooms, tmp_path, kind):
+    """Depth cycles a beta and sees mirror images; the last batch of normals is smaller than the others."""
+    data, model = pair(rooms, "depth" if kind is DepthProbe else "normals"), tiny_model()
+    settings = short(kind.fixed("memory"), iterations=7, batch=5, save_every=2, eval_every=0)
+    (whole,) = run_linear([model], *data, settings, tmp_path / "whole")
+
+    def interrupt(what, done, total):
+        if what.startswith("Training") and done == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_linear([model], *data, settings, tmp_path / "again", progress=interrupt)
+    (again,) = run_linear([model], *data, settings, tmp_path / "again")
+    assert again.curve == whole.curve
+    expected, found = load_file(whole.head_file), load_file(again.head_file)
+    assert all(torch.equal(expected[key], found[key]) for key in expected)
+
+
 def test_a_finished_run_is_not_trained_again(rooms, tmp_path):
     data, model, settings = pair(rooms, "depth"), tiny_model(), short(DepthProbe.smoke())
     first = run_linear([model], *data, settings, tmp_path)

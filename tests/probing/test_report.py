@@ -87,6 +87,32 @@ def test_all_figures_of_the_paper_are_there():
 # ---------------------------------------------------------------------- tables
 
 
+def depth_of_nyu(part=False, lr=1e-4, **more):
+    from snd_nerfstudio.probing.protocols import DepthProbe
+    from snd_nerfstudio.probing.results import plain
+
+    config = plain(DepthProbe.paper()) | {"lr": lr}
+    record = DatasetRecord("nyuv2", "hash", "published", {"test": 3}, part=part)
+    what = Measurement("depth", record, "ours", SMALL, "paper", config, 0, {"lr": lr, "repeat": 0}, **more)
+    return ProbeResult(what, {"abs_rel": 0.2}, {})
+
+
+def test_what_was_measured_otherwise_has_no_figure_of_the_paper_beside_it():
+    def figures(*results):
+        (table,) = make_tables(results)
+        return [cell.paper for _, row in table.rows for cell in row.values()]
+
+    assert figures(depth_of_nyu()) == [paper_value("depth", "nyuv2", "abs_rel", SMALL)] != [None]
+    assert figures(depth_of_nyu(part=True)) == figures(depth_of_nyu(lr=1e-2)) == [None]
+    (table,) = make_tables([depth_of_nyu(), depth_of_nyu(lr=1e-2)])
+    assert [column.protocol for column in table.columns] == ["paper", "paper, changed: lr"]
+
+
+def test_results_of_an_earlier_version_stand_in_a_column_of_their_own():
+    (table,) = make_tables([depth_of_nyu(), depth_of_nyu(revision=0)])
+    assert len(table.columns) == 2 and any("earlier version" in note for note in table.notes)
+
+
 def test_the_best_of_each_column_is_marked_by_what_is_better():
     tables = make_tables(
         [

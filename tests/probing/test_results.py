@@ -100,7 +100,7 @@ def test_a_result_is_not_overwritten_unless_that_is_asked_for(tmp_path):
     [
         (lambda text: text[:-20], "cannot be read"),
         (lambda text: "[]", "no result of snd-probe"),
-        (lambda text: text.replace('"schema": 1', '"schema": 2'), "has schema 2"),
+        (lambda text: text.replace('"schema": 2', '"schema": 9'), "has schema 9"),
         (lambda text: text.replace('"seconds"', '"minutes"'), "lacks `seconds`"),
         (lambda text: text.replace('"content_hash"', '"hash"'), "lacks `content_hash`"),
         (lambda text: text.replace('"seed": 42', '"seed": "42"'), "lacks `seed`"),
@@ -156,6 +156,7 @@ def test_what_json_does_not_have_becomes_something_that_it_has():
             "split_rule": "published",
             "samples": {"train": 795, "test": 654},
             "notes": ["depth in mm"],
+            "part": False,
         },
     }
 

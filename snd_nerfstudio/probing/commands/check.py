@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Optional
+from typing import Any, Literal, Optional
 
+from snd_nerfstudio.errors import InputError
 from snd_nerfstudio.probing.commands.parsing import parse
 from snd_nerfstudio.probing.datasets import DATASETS
 from snd_nerfstudio.probing.datasets.checking import NOTE, check_dataset
@@ -50,17 +51,39 @@ def check(name: str, arguments: Sequence[str]) -> list[str]:
 
 def find(name: str, config: Check) -> list[str]:
     """What is missing or wrong, a sentence each; those that begin with `NOTE` may be meant so."""
-    from snd_nerfstudio.probing.keypoints import check_spair
-    from snd_nerfstudio.probing.pairs import NAMES, check_pairs
+    from snd_nerfstudio.probing.keypoints import SPair71k, check_spair
+    from snd_nerfstudio.probing.pairs import NAMES, check_pairs, open_pairs
 
     if name == "spair":
-        return check_spair(config.check)
+        found = check_spair(config.check)
+        return found or (_damaged(SPair71k(config.check, "test")) if config.thorough else [])
     found: list[str] = []
     if name in DATASETS and config.task != "pairs":
-        tasks = None if config.task is None else [config.task]
         with reporting() as progress:
-            shown = progress if config.thorough else quiet
-            found += check_dataset(name, config.check, tasks, config.protocol, config.thorough, shown)
+            found += check_dataset(
+                name,
+                config.check,
+                None if config.task is None else [config.task],
+                config.protocol,
+                config.thorough,
+                progress if config.thorough else quiet,
+            )
     if name in NAMES and config.task in (None, "pairs"):
-        found += check_pairs(name, config.check)
+        of_pairs = check_pairs(name, config.check)
+        if config.thorough and not of_pairs:
+            of_pairs = _damaged(open_pairs(name, config.check))
+        found += of_pairs
     return list(dict.fromkeys(found))
+
+
+def _damaged(pairs: Any) -> list[str]:
+    """Pairs that cannot be decoded."""
+    found = []
+    with reporting() as progress:
+        for place in range(len(pairs)):
+            try:
+                pairs[place]
+            except InputError as error:
+                found.append(str(error))
+            progress("pairs", place + 1, len(pairs))
+    return found

@@ -1,5 +1,6 @@
 """What the commands of `snd-probe` share: their flags, opening models and data, and measuring model by model."""
 
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from PIL import Image
 from snd_nerfstudio.errors import InputError
 from snd_nerfstudio.probing.features import FeatureSettings, feature_map
 from snd_nerfstudio.probing.matching import FeatureMap
-from snd_nerfstudio.probing.models import ProbeModel, open_model
+from snd_nerfstudio.probing.models import ProbeModel, open_model, vision_transformers
 from snd_nerfstudio.probing.progress import reporting
 from snd_nerfstudio.probing.report import make_tables, to_markdown
 from snd_nerfstudio.probing.results import (
@@ -46,23 +47,18 @@ class Flags:
     """Folder for results, pictures and trained heads. A result that is there already is not measured again."""
     device: str = "auto"
     """Where to compute: cpu, cuda, or auto, which takes a GPU if there is one."""
-    split_seed: int = 0
-    """Of random splits, where a dataset has no published one: another one tests on other images."""
     limit: Optional[int] = None
     """Use so many samples (or pairs) of each split, spread evenly. None: all."""
     again: bool = False
     """Measure anew what is there already."""
-    pictures: int = 0
-    """Draw so many samples, spread evenly, into the folder pictures of --out."""
 
     def check(self) -> None:
-        """Raise `InputError` where flags are impossible."""
+        """Raise `InputError` where flags are impossible, or results could not be written."""
         if not self.models:
             raise InputError("--models names nothing to measure: give at least one, for example dinov2_vits14.")
         if self.limit is not None and self.limit < 1:
             raise InputError(f"--limit {self.limit} must be at least 1.")
-        if self.pictures < 0:
-            raise InputError(f"--pictures {self.pictures} must be 0 or more.")
+        check_writable(self.out)
 
 
 # ---------------------------------------------------------------------- models and devices
@@ -181,6 +177,7 @@ class Limited(ProbeDataset):
         self.left_out, self.notes = whole.left_out, whole.notes
         fewer = f", {len(self.chosen)} of {len(whole)}" if len(self.chosen) < len(whole) else ""
         self.split_rule = f"{whole.split_rule}{fewer}"
+        self.part = len(self.chosen) < len(whole)
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -206,8 +203,33 @@ def spread(total: int, count: int) -> list[int]:
     return np.unique(np.linspace(0, total - 1, min(count, total)).round().astype(int)).tolist() if total else []
 
 
-def open_splits(flags: Flags, task: Any, protocol: str) -> tuple[ProbeDataset, ProbeDataset]:
-    """Training and test images of a dataset.
+def check_writable(folder: Path) -> None:
+    """Make a folder and write a file to it, before hours are spent on what goes there.
+
+    Raises:
+        InputError: it cannot be made or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"--out {folder} cannot be written ({error.strerror or error}): give another one.") from error
+
+
+def check_block(models: Sequence[ProbeModel], block: int, flag: str) -> None:
+    """Raise `InputError` where a model has no such transformer block."""
+    for model in models:
+        for backbone in vision_transformers(model.backbone):
+            if not -backbone.blocks <= block < backbone.blocks:
+                raise InputError(
+                    f"{flag} {block}: {model.label} has {backbone.blocks} blocks, so give {-backbone.blocks} to "
+                    f"{backbone.blocks - 1}."
+                )
+
+
+def open_splits(flags: Flags, task: Any, protocol: str, seed: int) -> tuple[ProbeDataset, ProbeDataset]:
+    """Training and test images of a dataset; random splits are drawn with the seed.
 
     Raises:
         InputError: see `datasets.open_dataset`; or a split is empty.
@@ -217,7 +239,7 @@ def open_splits(flags: Flags, task: Any, protocol: str) -> tuple[ProbeDataset, P
     found = []
     for split in ("train", "test"):
         dataset = open_dataset(
-            flags.dataset, flags.data, task, split, "paper" if protocol == "paper" else "fixed", flags.split_seed
+            flags.dataset, flags.data, task, split, "paper" if protocol == "paper" else "fixed", seed
         )
         if len(dataset) == 0:
             raise InputError(f"--data {flags.data} has no image to {split} on: look with --check.")
@@ -226,19 +248,25 @@ def open_splits(flags: Flags, task: Any, protocol: str) -> tuple[ProbeDataset, P
 
 
 def record_of(train: ProbeDataset, test: ProbeDataset) -> DatasetRecord:
-    """What a result says about its dataset.
+    """What a result says about its dataset; its notes are printed.
 
     Raises:
         InputError: a file is missing.
     """
     hashes = {dataset.split: dataset.content_hash() for dataset in (train, test)}
+    notes = [*train.notes, *test.notes]
+    notes += [f"{len(d.left_out)} frames of {d.root} are left out." for d in (train, test) if d.left_out]
+    notes = tuple(dict.fromkeys(notes))
+    for note in notes:
+        print(f"Note: {note}", flush=True)
     rules = dict.fromkeys([train.split_rule, test.split_rule])
     return DatasetRecord(
         name=test.name,
         content_hash=" ".join(f"{split}:{value}" for split, value in hashes.items()),
         split_rule=" / ".join(rules),
         samples={"train": len(train), "test": len(test)},
-        notes=tuple(dict.fromkeys([*train.notes, *test.notes])),
+        notes=notes,
+        part=train.part or test.part,
     )
 
 
@@ -288,7 +316,8 @@ def measure(
                 found = run(model, lambda: progress(f"{what.task}, {model.label}", next(counter), steps))
                 seconds = time.perf_counter() - start
                 done = finished(what, found.metrics, {}, seconds, device, details=found.details)
-                write_result(done, flags.out, replace=flags.again)
+                # another process may have written it meanwhile
+                write_result(done, flags.out, replace=flags.again or find_result(what, flags.out) is not None)
             else:
                 announce_done(done, flags.out)
             results.append(done)

@@ -14,6 +14,7 @@ from snd_nerfstudio.errors import InputError
 from snd_nerfstudio.probing.commands.common import (
     Flags,
     announce_done,
+    check_block,
     chosen_device,
     open_models,
     open_splits,
@@ -24,9 +25,16 @@ from snd_nerfstudio.probing.commands.common import (
 from snd_nerfstudio.probing.commands.parsing import given, parse_with_defaults
 from snd_nerfstudio.probing.examples import image_tensor, windowed
 from snd_nerfstudio.probing.features import encode
-from snd_nerfstudio.probing.linear import STATE_FILE, UNIMPORTANT, LinearResult, run_linear
+from snd_nerfstudio.probing.linear import (
+    OF_OTHER_HEADS,
+    STATE_FILE,
+    UNIMPORTANT,
+    LinearResult,
+    run_linear,
+    variant_name,
+)
 from snd_nerfstudio.probing.models import ProbeModel
-from snd_nerfstudio.probing.objectives import Objective, head_inputs, make_objective
+from snd_nerfstudio.probing.objectives import Objective, Variant, head_inputs, make_objective
 from snd_nerfstudio.probing.progress import reporting
 from snd_nerfstudio.probing.protocols import AnyProbe, DepthProbe, NormalsProbe, SegmentationProbe
 from snd_nerfstudio.probing.results import (
@@ -42,14 +50,24 @@ from snd_nerfstudio.probing.results import (
 
 SMOKE_IMAGES = 80
 """Images of each split of protocol `smoke` unless --limit says otherwise."""
+TOKENS = "tokens"
+"""Folder, in that of the results, for tokens on disk: trainings with the same ones share them."""
 RUNS = "runs"
 """Folder, in that of the results, for heads and the state of trainings."""
+
+
+Planned = tuple[ProbeModel, Variant, Measurement]
+"""A head: of which model, which of its heads, and what it measures."""
 
 
 @dataclass
 class Linear(Flags):
     """Flags of all linear probes; the fields of `probe` are flags without a prefix."""
 
+    split_seed: int = 0
+    """Of random splits, where a dataset has no published one: another one tests on other images."""
+    pictures: int = 0
+    """Draw so many test images, spread evenly, into the folder pictures of --out."""
     probe: Any = None
 
     def main(self) -> list[ProbeResult]:
@@ -62,55 +80,64 @@ class Linear(Flags):
             InputError: see `run_linear`, `open_models` and `open_dataset`.
         """
         self.check()
+        if self.pictures < 0:
+            raise InputError(f"--pictures {self.pictures} must be 0 or more.")
         settings: AnyProbe = self.probe
+        if settings.cache == "disk" and settings.cache_folder is None:
+            settings.cache_folder = self.out / TOKENS
         device = chosen_device(self.device)
         if settings.protocol == "smoke" and self.limit is None:
             self.limit = SMOKE_IMAGES
-        train, test = open_splits(self, TASKS[type(settings)], settings.protocol)
+        train, test = open_splits(self, TASKS[type(settings)], settings.protocol, self.split_seed)
         objective = make_objective(settings, train, test)
         models = open_models(self.models, settings.seed, device)
+        check_block(models, settings.features.block, "--features.block")
         record = record_of(train, test)
-        planned = {
-            model.label: [measurement(model, settings, record, variant) for variant in objective.variants()]
+        planned = [
+            (model, variant, measurement(model, settings, record, variant))
             for model in models
-        }
-        done = {label: self._earlier(wanted) for label, wanted in planned.items()}
-        missing = [model for model in models if not done[model.label]]
-        if missing:
-            name = f"{test.task}-{record.name}-{settings.protocol}"
-            folder = self._run_folder(name, [what for model in models for what in planned[model.label]])
-            if (folder / STATE_FILE).exists():
-                missing = models  # it was killed while results were written
-                done = {label: [] for label in done}
-            else:
-                folder = self._run_folder(name, [what for model in missing for what in planned[model.label]])
-            with reporting() as progress:
-                trained = run_linear(missing, train, test, settings, folder, device, progress)
-            for entry in trained:
-                what = next(what for what in planned[entry.model] if what.variant == plain(entry.variant))
-                done[entry.model].append(self._written(what, entry, device))
-            if self.again:
-                (folder / STATE_FILE).unlink(missing_ok=True)  # the next time is anew again
-        results = [result for model in models for result in done[model.label]]
+            for variant in objective.variants()
+        ]
+        done = {} if self.again else self._earlier([what for *_, what in planned])
+        if len(done) < len(planned):
+            trained = self._train(planned, done, train, test, device)
+            done |= {key: self._written(what, entry, device) for key, (what, entry) in trained.items()}
+        results = [done[what.key] for *_, what in planned]
         draw_predictions(self, models, results, objective, device)
         show(results, self.out)
         return results
 
-    def _run_folder(self, name: str, planned: Sequence[Measurement]) -> Path:
-        """Of the training that measures so much."""
-        run = hashlib.sha256("".join(what.key for what in planned).encode()).hexdigest()[:12]
-        again = "-again" if self.again else ""  # of its own, so that it too goes on when it was killed
-        return self.out / RUNS / file_word(f"{name}-{run}{again}")
-
-    def _earlier(self, wanted: Sequence[Measurement]) -> list[ProbeResult]:
-        """What was measured of a model before, if it was all of it."""
+    def _train(
+        self, planned: Sequence[Planned], done: dict[str, ProbeResult], train: Any, test: Any, device: str
+    ) -> dict[str, tuple[Measurement, LinearResult]]:
+        """Train all heads that are not done; by the keys of their measurements."""
+        missing = [row for row in planned if row[2].key not in done]
+        whole, part = (self._run_folder(test.task, rows) for rows in (planned, missing))
+        if (whole / STATE_FILE).exists():
+            missing, part = planned, whole  # it was killed while results were written
+        skip = {(model.label, variant_name(variant)) for model, variant, what in planned}
+        skip -= {(model.label, variant_name(variant)) for model, variant, what in missing}
+        # in an order that does not depend on that of the command line
+        models = sorted({id(row[0]): row[0] for row in missing}.values(), key=lambda model: model.label)
+        with reporting() as progress:
+            trained = run_linear(models, train, test, self.probe, part, device, progress, skip)
         if self.again:
-            return []
-        found = [find_result(what, self.out) for what in wanted]
-        done = [result for result in found if result is not None]
-        if len(done) < len(wanted):
-            return []
-        for result in done:
+            (part / STATE_FILE).unlink(missing_ok=True)  # the next time is anew again
+        by_head = {(entry.model, variant_name(entry.variant)): entry for entry in trained}
+        return {what.key: (what, by_head[model.label, variant_name(variant)]) for model, variant, what in missing}
+
+    def _run_folder(self, task: str, planned: Sequence[Planned]) -> Path:
+        """Of the training that measures so much."""
+        keys = sorted(what.key for *_, what in planned)
+        run = hashlib.sha256("".join(keys).encode()).hexdigest()[:12]
+        again = "-again" if self.again else ""  # of its own, so that it too goes on when it was killed
+        return self.out / RUNS / file_word(f"{task}-{self.dataset}-{self.probe.protocol}-{run}{again}")
+
+    def _earlier(self, wanted: Sequence[Measurement]) -> dict[str, ProbeResult]:
+        """What was measured before, by its key."""
+        found = {what.key: find_result(what, self.out) for what in wanted}
+        done = {key: result for key, result in found.items() if result is not None}
+        for result in done.values():
             announce_done(result, self.out)
         return done
 
@@ -167,8 +194,9 @@ def preset(kind: type[Any], protocol: str, cache: Any = "none") -> Any:
 
 
 def measurement(model: ProbeModel, settings: AnyProbe, record: DatasetRecord, variant: dict[str, Any]) -> Measurement:
-    """What one head measures; settings that do not change results are left out."""
-    config = {name: value for name, value in asdict(settings).items() if name not in UNIMPORTANT}
+    """What one head measures; settings that do not change its result are left out."""
+    unused = (*UNIMPORTANT, *OF_OTHER_HEADS)
+    config = {name: value for name, value in asdict(settings).items() if name not in unused} | {"lr": variant["lr"]}
     return Measurement(
         TASKS[type(settings)],
         record,
@@ -186,7 +214,7 @@ def measurement(model: ProbeModel, settings: AnyProbe, record: DatasetRecord, va
 
 @torch.no_grad()
 def draw_predictions(
-    flags: Flags, models: Sequence[ProbeModel], results: Sequence[ProbeResult], objective: Objective, device: str
+    flags: Linear, models: Sequence[ProbeModel], results: Sequence[ProbeResult], objective: Objective, device: str
 ) -> list[Path]:
     """Draw what the heads say about some test images, with what is true and how far off they are; heads that diverged
     are left out.

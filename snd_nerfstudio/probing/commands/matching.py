@@ -1,6 +1,6 @@
 """`snd-probe correspondence`, `keypoints` and `tracking`: what features find without any training."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Optional
@@ -14,6 +14,7 @@ from snd_nerfstudio.errors import InputError
 from snd_nerfstudio.probing.commands.common import (
     Flags,
     Found,
+    check_block,
     chosen_device,
     encoder,
     measure,
@@ -29,6 +30,7 @@ from snd_nerfstudio.probing.matching import FeatureMap
 from snd_nerfstudio.probing.models import ProbeModel
 from snd_nerfstudio.probing.pairs import NAMES, PairSet, open_pairs
 from snd_nerfstudio.probing.pairs.rooms import read_room, room_folders
+from snd_nerfstudio.probing.progress import Progress, reporting
 from snd_nerfstudio.probing.results import DatasetRecord, Measurement, ProbeResult, hash_arrays, plain
 from snd_nerfstudio.probing.tracking import evaluate_tracking, room_tracks
 
@@ -74,7 +76,7 @@ class Features(Flags):
     protocol: Protocol = "fixed"
     """paper: as the released code; fixed: its inaccuracies mended; smoke: fixed, on few samples."""
     seed: int = 0
-    """Of random weights, and of what is drawn."""
+    """Of random weights, and of the points that are tracked."""
     block: int = -1
     """Transformer block whose tokens are matched; negative ones count from the last."""
     final_norm: bool = False
@@ -82,6 +84,17 @@ class Features(Flags):
     mef_res: Literal["same", "native"] = "same"
     """Size of the images that MEF sees: the same as for the others, or as in its own code (the longer side 1120
     pixels, so that its tokens are finer). The others are not changed by it."""
+
+    def check(self) -> None:
+        super().check()
+        window, temperature = getattr(self, "window", None), getattr(self, "temperature", 1.0)
+        if window is not None and window < 1:
+            raise InputError(f"--window {window} must be 1 or more tokens, or None.")
+        if temperature <= 0:
+            raise InputError(f"--temperature {temperature:g} must be above 0.")
+        for name in ("frames", "points", "longest_side"):
+            if getattr(self, name, 1) < 1:
+                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)} must be 1 or more.")
 
     def settings(self, **more: Any) -> FeatureSettings:
         """Which tokens."""
@@ -109,18 +122,25 @@ class Correspondence(Features):
     )
     size: Optional[tuple[int, int]] = None
     """Rows and columns that images are resized to. None: 480 640 for ScanNet, the files' for the others."""
+    pair_seed: Optional[int] = None
+    """Of pairs that are drawn, in rooms and NAVI: another one measures other pairs. None: the usual one."""
+    pictures: int = 0
+    """Draw so many pairs, spread evenly, into the folder pictures of --out."""
 
     def main(self) -> list[ProbeResult]:
         """Measure, draw, and print a table."""
         self.check()
         if self.dataset not in NAMES:
             raise InputError(f"--dataset {self.dataset} has no posed pairs: take one of {', '.join(NAMES)}.")
+        if self.pictures < 0 or (self.size is not None and min(self.size) < 1):
+            raise InputError(f"--pictures {self.pictures} must be 0 or more, and --size {self.size} 1 or more pixels.")
         device = chosen_device(self.device)
-        pairs = open_pairs(self.dataset, self.data)
+        pairs = open_pairs(self.dataset, self.data, self.pair_seed)
         limit = SMOKE_PAIRS if self.limit is None and self.protocol == "smoke" else self.limit
         chosen = pairs if limit is None else pairs.spread(limit)
         models = open_models(self.models, self.seed, device)
         size = self.size or usual_size(self.dataset)
+        check_block(models, self.block, "--block")
         record = pairs_record(self.dataset, chosen, len(pairs))
         settings = self.settings_of_pairs
         features = self.settings(input_norm=settings.norm)
@@ -164,18 +184,26 @@ class Correspondence(Features):
             save_png(picture, self.out / "pictures" / name)
 
 
+def _counted(items: Iterable[Any], total: int, what: str, progress: Progress) -> Iterator[Any]:
+    for done, item in enumerate(items, start=1):
+        yield item
+        progress(what, done, total)
+
+
 def pairs_record(name: str, pairs: PairSet, total: int) -> DatasetRecord:
     """What a result says about a set of pairs; every pair is read once, so that its content is hashed.
 
     Raises:
         InputError: a file cannot be read.
     """
-    content = hash_arrays(
-        (pair.name, [*pair.images, *pair.depths, *pair.intrinsics, pair.relative_pose]) for pair in pairs
-    )
+    with reporting() as progress:
+        counted = _counted(pairs, len(pairs), "Reading pairs", progress)
+        content = hash_arrays(
+            (pair.name, [*pair.images, *pair.depths, *pair.intrinsics, pair.relative_pose]) for pair in counted
+        )
     rule = "published list" if name in ("scannet-1500", "superglue") else "drawn with a seed"
     rule += "" if len(pairs) == total else f", {len(pairs)} of {total}"
-    return DatasetRecord(name, content, rule, {"pairs": len(pairs)})
+    return DatasetRecord(name, content, rule, {"pairs": len(pairs)}, part=len(pairs) < total)
 
 
 def correspondence(arguments: Sequence[str]) -> None:
@@ -220,9 +248,12 @@ class Keypoints(Features):
         if limit is not None:
             pairs.names = [pairs.names[place] for place in spread(total, limit)]
         models = open_models(self.models, self.seed, device)
-        content = hash_arrays((pair.name, [*pair.images, *pair.points, *pair.boxes]) for pair in pairs)
+        check_block(models, self.block, "--block")
+        with reporting() as progress:
+            counted = _counted(pairs, len(pairs), "Reading pairs", progress)
+            content = hash_arrays((pair.name, [*pair.images, *pair.points, *pair.boxes]) for pair in counted)
         rule = f"published {self.split}" + ("" if len(pairs) == total else f", {len(pairs)} of {total}")
-        record = DatasetRecord("spair", content, rule, {self.split: len(pairs)})
+        record = DatasetRecord("spair", content, rule, {self.split: len(pairs)}, part=len(pairs) < total)
         features = self.settings()
         config = plain(
             {name: getattr(self, name) for name in ("alpha", "window", "temperature", "longest_side", "mef_res")}
@@ -287,11 +318,13 @@ class Tracking(Features):
             room_tracks(read_room(folder), frames=self.frames, count=self.points, seed=self.seed) for folder in chosen
         ]
         models = open_models(self.models, self.seed, device)
+        check_block(models, self.block, "--block")
         content = hash_arrays(
             (folder.name, [*frames, tracks.positions.numpy(), tracks.visible.numpy()])
             for folder, (frames, tracks) in zip(chosen, videos, strict=True)
         )
-        record = DatasetRecord("rooms", content, "rooms for validation", {"videos": len(videos)})
+        part = len(chosen) < len(folders)
+        record = DatasetRecord("rooms", content, "rooms for validation", {"videos": len(videos)}, part=part)
         features = self.settings()
         config = plain({name: getattr(self, name) for name in ("frames", "points", "window", "temperature", "mef_res")})
         config["features"] = plain(features)

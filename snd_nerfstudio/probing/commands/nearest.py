@@ -16,6 +16,7 @@ from snd_nerfstudio.errors import InputError
 from snd_nerfstudio.probing.commands.common import (
     Flags,
     Found,
+    check_block,
     chosen_device,
     measure,
     open_models,
@@ -42,6 +43,8 @@ class Nearest(Flags):
 
     protocol: Literal["fixed", "smoke"] = "fixed"
     """fixed: all images; smoke: few."""
+    split_seed: int = 0
+    """Of random splits, where a dataset has no published one: another one tests on other images."""
     nearest: Annotated[NearestDepthSettings, tyro.conf.arg(name="")] = field(default_factory=NearestDepthSettings)
     features: FeatureSettings = field(default_factory=FeatureSettings)
     """Which tokens."""
@@ -54,8 +57,9 @@ class Nearest(Flags):
         device = chosen_device(self.device)
         if self.protocol == "smoke" and self.limit is None:
             self.limit = SMOKE_IMAGES
-        train, test = open_splits(self, "depth", self.protocol)
+        train, test = open_splits(self, "depth", self.protocol, self.split_seed)
         models = open_models(self.models, self.nearest.seed, device)
+        check_block(models, self.features.block, "--features.block")
         record = record_of(train, test)
         config = plain({"nearest": self.nearest, "features": self.features})
         results = measure(

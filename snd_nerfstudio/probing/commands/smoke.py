@@ -63,15 +63,14 @@ class Smoke:
             "out": self.out,
             "device": self.device,
             "again": self.again,
-            "pictures": self.pictures,
         }
         results: list[ProbeResult] = []
         for kind, probe in KINDS.items():
             settings = preset(probe, "smoke")
             settings.iterations = self.iterations
-            results += kind(**common, limit=self.limit, probe=settings).main()
+            results += kind(**common, limit=self.limit, pictures=self.pictures, probe=settings).main()
         pairs = max(self.limit // 3, 1)
-        results += Correspondence(**common, limit=pairs, protocol="smoke").main()
+        results += Correspondence(**common, limit=pairs, protocol="smoke", pictures=self.pictures).main()
         results += Tracking(**common, protocol="smoke").main()
         results += Nearest(**common, limit=self.limit, protocol="smoke").main()
         if self.pictures:

@@ -108,7 +108,12 @@ def open_dataset(
     from snd_nerfstudio.probing.datasets.files import Request
 
     module = importlib.import_module(f"{__name__}.{known.module}")
-    return module.open_dataset(Request(name, folder, task, split, protocol, seed))
+    dataset = module.open_dataset(Request(name, folder, task, split, protocol, seed))
+    published = known.counts.get((task, split))
+    if published is not None and len(dataset) != published:
+        note = f"{dataset.root} has {len(dataset)} samples, the published split has {published}."
+        dataset.notes = (*dataset.notes, note)
+    return dataset
 
 
 def check_dataset(name: str, root: Path) -> list[str]:

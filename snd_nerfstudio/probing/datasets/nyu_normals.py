@@ -87,8 +87,9 @@ class GeoNetDataset(ProbeDataset):
     """Frames of the raw videos with normals computed from depth (X. Qi et al., CVPR 2018).
 
     The released code deletes two frames by their place in the sorted list, which deletes others as soon as a file is
-    missing or added. Here those named in bad_frames.txt are left out, and those whose file is cut short; a frame that
-    decodes to something impossible is refused when it is read; ``--check --thorough`` names all of these.
+    missing or added. Here those named in bad_frames.txt are left out; without that file `paper` does as released.
+    A file that is cut short is refused, and a frame that decodes to something impossible when it is read;
+    ``--check --thorough`` names all of these.
     """
 
     def __init__(self, request: Request, folder: Path) -> None:
@@ -103,15 +104,22 @@ class GeoNetDataset(ProbeDataset):
             raise InputError(f"{listed} names {sorted(unknown)[0]}, which is no frame of {folder}: give file names.")
         with ThreadPoolExecutor(8) as pool:  # small reads wait for the disk
             whole = list(pool.map(is_complete, frames))
-        kept = [complete and file.name not in named for file, complete in zip(frames, whole)]
-        self.frames = [file for file, keep in zip(frames, kept) if keep]
-        self.left_out = tuple(file.name for file, keep in zip(frames, kept) if not keep)
-        if not listed.is_file() and len(frames) > max(DELETED_PLACES):
-            names = " and ".join(frames[place].name for place in DELETED_PLACES)
-            self.notes = (
-                f"in {folder} {names} lie where the released code deletes two frames: look at them, and "
-                f"list in {listed} what is bad.",
+        short = [file for file, complete in zip(frames, whole) if not complete and file.name not in named]
+        if short:
+            names = ", ".join(file.name for file in short[:5]) + (", ..." if len(short) > 5 else "")
+            raise InputError(
+                f"{len(short)} of {len(frames)} files in {folder} are cut short ({names}): unpack them again, or leave "
+                f"them out: add a line with the name of each to {listed}."
             )
+        if not listed.is_file() and len(frames) > max(DELETED_PLACES):
+            deleted = [frames[place].name for place in DELETED_PLACES]
+            self.notes = (
+                f"in {folder} {' and '.join(deleted)} lie where the released code deletes two frames"
+                + (", and are left out." if self.exact else f": look at them, and list in {listed} what is bad."),
+            )
+            named = set(deleted) if self.exact else named
+        self.frames = [file for file in frames if file.name not in named]
+        self.left_out = tuple(file.name for file in frames if file.name in named)
         if not self.frames:
             raise InputError(
                 f"Folder {folder} has no readable .mat files: unpack GeoNet's data1.zip and data2.zip there."
@@ -245,7 +253,8 @@ class LabelledDataset(ProbeDataset):
         self.name, self.root, self.task, self.split = request.name, request.root, request.task, request.split
         self.window = CENTRE
         self.labelled = self.root / "nyu_depth_v2_labeled.mat"
-        self.normals = _find_normals(self.root)
+        self.normals = _find_normals(self.root, request.protocol == "paper")
+        self.split_rule = f"published, normals of {(self.normals.folder or self.normals.array).name}"  # type: ignore
         if not self.labelled.is_file():
             raise InputError(f"{self.labelled} is missing: download it from NYU Depth v2's page.")
         self.lists, self.numbers = _test_numbers(self.root)
@@ -291,10 +300,10 @@ class LabelledDataset(ProbeDataset):
         return np.ascontiguousarray(image), depth
 
 
-def _find_normals(root: Path) -> _Normals:
-    """The published normals in a form that holds numbers and nothing else."""
+def _find_normals(root: Path, exact: bool) -> _Normals:
+    """The published normals in a form that holds numbers and nothing else; the released code reads the array."""
     folder, array = root / "nyu_normals_gt" / "test", root / "all_normals.npy"
-    if folder.is_dir():
+    if folder.is_dir() and not (exact and array.is_file()):
         return _Normals(folder, None)
     if array.is_file():
         return _Normals(None, array)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Optional
 
 from snd_nerfstudio.errors import InputError
 from snd_nerfstudio.probing.pairs import navi, rooms, scannet, superglue
@@ -36,17 +37,25 @@ NAMES = tuple(_SETS)
 """The data sets of posed pairs."""
 
 
-def open_pairs(name: str, root: Path) -> PairSet:
+def open_pairs(name: str, root: Path, seed: Optional[int] = None) -> PairSet:
     """A data set of posed pairs with its usual choice of pairs.
 
     Args:
         name: one of `NAMES`.
         root: its folder.
+        seed: of the pairs that are drawn, in rooms and NAVI; None: the usual one.
 
     Raises:
-        InputError: there is no such data set, or its lists cannot be read.
+        InputError: there is no such data set, its lists cannot be read, or it has no pairs to draw.
     """
-    return _entry(name)[0](Path(root))
+    kind = _entry(name)[0]
+    if seed is None:
+        return kind(Path(root))
+    if name == "rooms":
+        return RoomPairs(Path(root), RoomPairsSettings(seed=seed))
+    if name == "navi":
+        return NaviPairs(Path(root), NaviSettings(seed=seed))
+    raise InputError(f"--pair-seed {seed}: the pairs of {name} are a published list, so leave it out.")
 
 
 def check_pairs(name: str, root: Path) -> list[str]:

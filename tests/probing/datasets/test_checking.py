@@ -47,6 +47,9 @@ def test_all_of_nyu(rooms, tmp_path):
     assert problems(check_dataset("nyuv2", tmp_path)) == []
     (tmp_path / "nyu_geonet" / writers.geonet_name(frames[0])).write_bytes(b"")
     found = check_some("nyuv2", tmp_path, tasks=["normals"])
+    assert found[0].startswith("normals, train: 1 of 4 files in ") and writers.geonet_name(frames[0]) in found[0]
+    (tmp_path / "nyu_geonet" / "bad_frames.txt").write_text(writers.geonet_name(frames[0]))
+    found = check_some("nyuv2", tmp_path, tasks=["normals"])
     assert found[0] == (
         f"{NOTE}normals, train: 1 bad frames in {tmp_path} are left out: {writers.geonet_name(frames[0])}."
     )

@@ -83,7 +83,7 @@ def test_depth_beyond_ten_metres_and_normals_of_no_length_count_as_none(geonet):
     np.testing.assert_array_equal(sample.normals[1, :3], [[0, 0, 0], [0, 0, -1], [0, 0, -1]])
 
 
-def test_a_file_that_is_cut_short_is_left_out_by_its_content(geonet):
+def test_a_file_that_is_cut_short_is_refused_until_it_is_listed(geonet):
     root, frames = geonet
     file = root / "nyu_geonet" / geonet_name(frames[1])
     assert is_complete(file)
@@ -91,9 +91,13 @@ def test_a_file_that_is_cut_short_is_left_out_by_its_content(geonet):
     for size in (0, 100, 128, 200, len(whole) - 1):
         file.write_bytes(whole[:size])
         assert not is_complete(file)
+    with pytest.raises(InputError, match=rf"1 of 4 files in .* are cut short \({file.name}\): unpack them again"):
+        train(root)
+    (root / "nyu_geonet" / "bad_frames.txt").write_text(file.name)
     dataset = train(root)
     assert len(dataset) == 3 and dataset.left_out == (file.name,)
     assert file not in {path for index in range(3) for path in dataset.files(index)}
+    (root / "nyu_geonet" / "bad_frames.txt").unlink()
     file.write_bytes(whole)
     assert len(train(root)) == 4
 
