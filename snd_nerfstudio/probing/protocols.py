@@ -21,6 +21,8 @@ ProtocolName = Literal["paper", "fixed", "smoke"]
 Cache = Literal["none", "memory", "disk"]
 NormalsMask = Literal["depth", "normal"]
 """Which pixels count: all with depth, or those that have a normal too."""
+SMOKE_STEPS = 200
+"""Of the linear probes, where it should take minutes."""
 KITTI_CROP = (352, 704)
 USUAL_CROP = (416, 544)
 
@@ -199,7 +201,7 @@ class DepthProbe(LinearProbe):
     def smoke(cls) -> "DepthProbe":
         """In a minute."""
         settings = cls(
-            protocol="smoke", iterations=300, batch=8, lr=1e-2, warmup=0.05, mean_only_steps=10, eval_every=0
+            protocol="smoke", iterations=SMOKE_STEPS, batch=8, lr=1e-2, warmup=0.05, mean_only_steps=10, eval_every=0
         )
         _cached(settings, "memory")
         return settings
@@ -251,7 +253,7 @@ class NormalsProbe(LinearProbe):
     @classmethod
     def smoke(cls) -> "NormalsProbe":
         """In a minute."""
-        settings = cls(protocol="smoke", iterations=300, lr=5e-3, eval_every=0)
+        settings = cls(protocol="smoke", iterations=SMOKE_STEPS, lr=5e-3, eval_every=0)
         _cached(settings, "memory")
         return settings
 
@@ -323,7 +325,7 @@ class SegmentationProbe(LinearProbe):
         """In a minute."""
         settings = cls(
             protocol="smoke",
-            iterations=300,
+            iterations=SMOKE_STEPS,
             batch=8,
             lr=1e-2,
             warmup=0.05,

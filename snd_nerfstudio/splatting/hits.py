@@ -13,6 +13,7 @@ shape checker around it.
 import hashlib
 import math
 import threading
+import warnings
 from pathlib import Path
 from typing import Any, Callable, NamedTuple, no_type_check
 
@@ -48,6 +49,8 @@ RECORD = 8
 
 # Not every threading layer of numba may be entered by two Python threads at once (viewer and trainer).
 engine_lock = threading.Lock()
+# numba takes another layer then, and nobody has to do anything
+warnings.filterwarnings("ignore", message="The TBB threading layer requires", category=numba.NumbaWarning)
 
 
 SHARED_SOURCES = hashlib.sha256(

@@ -13,6 +13,7 @@ from snd_nerfstudio.probing.commands.nearest import Nearest
 from snd_nerfstudio.probing.commands.parsing import parse
 from snd_nerfstudio.probing.commands.report import Report
 from snd_nerfstudio.probing.commands.visualize import VisualizePairs
+from snd_nerfstudio.probing.protocols import SMOKE_STEPS
 from snd_nerfstudio.probing.results import ProbeResult
 
 SCENES, FRAMES, HEIGHT, WIDTH = 5, 48, 168, 252
@@ -34,7 +35,7 @@ class Smoke:
     """Where to compute: cpu, cuda, or auto, which takes a GPU if there is one."""
     limit: int = 80
     """Images of each split, spread evenly; pairs are a third of it."""
-    iterations: int = 200
+    iterations: int = SMOKE_STEPS
     """Training steps of each linear probe."""
     pictures: int = 2
     """Pictures of each kind."""

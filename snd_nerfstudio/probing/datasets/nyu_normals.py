@@ -254,7 +254,8 @@ class LabelledDataset(ProbeDataset):
         self.window = CENTRE
         self.labelled = self.root / "nyu_depth_v2_labeled.mat"
         self.normals = _find_normals(self.root, request.protocol == "paper")
-        self.split_rule = f"published, normals of {(self.normals.folder or self.normals.array).name}"  # type: ignore
+        used = "nyu_normals_gt" if self.normals.folder is not None else "all_normals.npy"
+        self.split_rule = f"published, normals of {used}"
         if not self.labelled.is_file():
             raise InputError(f"{self.labelled} is missing: download it from NYU Depth v2's page.")
         self.lists, self.numbers = _test_numbers(self.root)

@@ -153,11 +153,25 @@ def test_places_that_the_released_code_deletes_are_named_where_the_listing_is_lo
     dataset = train(root)
     assert len(dataset) == 4  # nothing is deleted by place
     assert all(geonet_name(frames[place]) in dataset.notes[0] for place in (1, 3))
+    released = train(root, "paper")
+    assert released.left_out == tuple(geonet_name(frames[place]) for place in (1, 3)) and len(released) == 2
+    assert "are left out" in released.notes[0]
     (root / "nyu_geonet" / "bad_frames.txt").write_text(geonet_name(frames[1]))
     assert train(root).notes == ()
 
 
 # ---------------------------------------------------------------------- testing
+
+
+def test_of_two_copies_of_the_normals_each_protocol_takes_its_own_and_says_so(rooms, tmp_path):
+    pytest.importorskip("h5py")
+    write_labelled(rooms, tmp_path)
+    assert test(tmp_path).split_rule == "published, normals of nyu_normals_gt"
+    np.save(tmp_path / "all_normals.npy", np.full((9, 480, 640, 3), 0.6, np.float32))
+    assert test(tmp_path).split_rule == "published, normals of nyu_normals_gt"
+    paper = open_dataset("nyuv2", tmp_path, "normals", "test", "paper")
+    assert paper.split_rule == "published, normals of all_normals.npy"
+    assert np.ptp(paper[0].normals) < 1e-5
 
 
 @pytest.mark.parametrize("normals", ["png", "npy"])
