@@ -1,5 +1,7 @@
 """What our dataparsers share: many scenes in one DataparserOutputs, and how some of them are held out."""
 
+import math
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,6 +22,8 @@ from snd_nerfstudio.scenes.file_list import FileList
 Split = Literal["train", "val", "test", "all"]
 HELD_OUT_SHARE = 0.15
 HELD_OUT_FRAMES = 16
+COORDINATE_LOSS = 0.02
+"""Share of the distance between two frames that may be lost when poses become float32."""
 DISTORTION_KEYS = ("k1", "k2", "k3", "k4", "p1", "p2")
 CAMERA_KEYS = ("fl_x", "fl_y", "cx", "cy", "w", "h", *DISTORTION_KEYS)
 """Columns of `Scene.cameras`, under the names that transforms.json has for them."""
@@ -154,7 +158,7 @@ def read_cameras(content: dict[str, Any], frames: Sequence[dict[str, Any]], file
     Raises:
         InputError: a key is missing or no number, or the camera model is not a perspective one.
     """
-    keys = {*CAMERA_KEYS, "camera_model"}
+    keys = {*CAMERA_KEYS, "camera_model", "is_fisheye", "distortion_params"}
     if frames and all(keys.isdisjoint(frame) for frame in frames):
         return np.tile(_read_camera(content, frames[0], file), (len(frames), 1))
     return np.array([_read_camera(content, frame, file) for frame in frames]).reshape(-1, len(CAMERA_KEYS))
@@ -162,11 +166,18 @@ def read_cameras(content: dict[str, Any], frames: Sequence[dict[str, Any]], file
 
 def _read_camera(content: dict[str, Any], frame: dict[str, Any], file: Path) -> Float[np.ndarray, "12"]:
     model = frame.get("camera_model", content.get("camera_model", "OPENCV"))
+    if frame.get("is_fisheye", content.get("is_fisheye", False)):
+        model = "with `is_fisheye`"
     if model not in ("OPENCV", "PINHOLE", "SIMPLE_PINHOLE", "SIMPLE_RADIAL", "RADIAL"):
         raise InputError(
             f"{file}: camera model {model} is not a perspective one; undistort the images to pinholes first."
         )
     camera: dict[str, float] = {}
+    together = frame.get("distortion_params", content.get("distortion_params"))  # nerfstudio prefers them
+    if together is not None:
+        if not isinstance(together, list) or len(together) != len(DISTORTION_KEYS):
+            raise InputError(f"{file}: `distortion_params` must be six numbers: {', '.join(DISTORTION_KEYS)}.")
+        frame = {**frame, **dict(zip(DISTORTION_KEYS, together, strict=True))}
     for key in CAMERA_KEYS:
         value = frame.get(key, content.get(key, 0.0 if key in DISTORTION_KEYS else None))
         if value is None and key == "fl_y":
@@ -178,6 +189,49 @@ def _read_camera(content: dict[str, Any], frame: dict[str, Any], file: Path) -> 
         except (TypeError, ValueError) as error:
             raise InputError(f"{file}: `{key}` of frame {frame.get('file_path')} is no number: {value!r}.") from error
     return np.array(list(camera.values()))
+
+
+def read_files(frames: Sequence[dict[str, Any]], key: str, file: Path) -> FileList:
+    """The files that frames name under a key, relative to the folder of their transforms.json.
+
+    Raises:
+        InputError: something else than a text stands there.
+    """
+    names = [frame.get(key) for frame in frames]
+    wrong = [name for name in names if not (name is None or isinstance(name, str))]
+    if wrong:
+        raise InputError(f"{file}: `{key}` {wrong[0]!r} is no file name; mend or remove it.")
+    return FileList.of(None if name is None else os.path.join(file.parent, name) for name in names)
+
+
+def read_depth_unit(content: dict[str, Any], usual: float, file: Path) -> float:
+    """World units per unit of a depth file: the file's ``depth_unit_scale_factor``, or the usual one.
+
+    Raises:
+        InputError: it is no number above 0.
+    """
+    value = content.get("depth_unit_scale_factor")
+    value = usual if value is None else value
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise InputError(
+            f"{file}: `depth_unit_scale_factor` {value!r} must be a number above 0, world units per unit of a depth "
+            "file: 0.001 for millimetres in a scene in metres."
+        )
+    return float(value)
+
+
+def check_coordinates(scene: Scene) -> None:
+    """Raise `InputError` if cameras lie so far from the origin that float32 would lose where they are."""
+    centres = scene.poses[:, :3, 3]
+    if len(centres) < 2:
+        return
+    step = float(np.median(np.linalg.norm(np.diff(centres, axis=0), axis=1)))
+    lost = float(np.spacing(np.float32(np.abs(centres).max())))
+    if step > 0 and lost > COORDINATE_LOSS * step:
+        raise InputError(
+            f"Scene {scene.name}: cameras are {step:.2g} apart but up to {np.abs(centres).max():.3g} from the origin, "
+            f"where float32 knows positions to {lost:.2g}: subtract one offset from the translation of all its poses."
+        )
 
 
 def held_out_tail(count: int) -> int:
@@ -289,9 +343,14 @@ def to_outputs(scenes: Sequence[Scene]) -> DataparserOutputs:
 
     ``metadata`` holds ``scene_names`` and ``scene_worlds``; and for every frame ``scene_index``, ``frame_order``,
     ``instance_filenames``, ``depth_filenames`` and ``depth_scale``.
+
+    Raises:
+        InputError: coordinates of a scene are too large for float32.
     """
     cameras = torch.from_numpy(np.concatenate([scene.cameras for scene in scenes])).float()
     column = {key: cameras[:, index : index + 1] for index, key in enumerate(CAMERA_KEYS)}
+    for scene in scenes:
+        check_coordinates(scene)
     poses = torch.from_numpy(np.concatenate([scene.poses[:, :3] for scene in scenes])).float()
     centres = poses[:, :3, 3]
     counts = [len(scene) for scene in scenes]

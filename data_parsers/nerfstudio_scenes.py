@@ -7,7 +7,7 @@ Beside nerfstudio's own keys a frame may name a ``depth_file_path`` (16-bit PNG 
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Optional, Type
+from typing import Any, Optional, Type
 
 import numpy as np
 from nerfstudio.data.dataparsers.base_dataparser import DataParser, DataparserOutputs
@@ -20,13 +20,14 @@ from data_parsers.multi_scene import (
     find_transforms,
     natural_key,
     read_cameras,
+    read_depth_unit,
+    read_files,
     read_poses,
     split_scenes,
     to_outputs,
 )
 from snd_nerfstudio.errors import InputError
 from snd_nerfstudio.json_files import read_object
-from snd_nerfstudio.scenes.file_list import FileList
 
 
 @dataclass
@@ -62,25 +63,34 @@ class NerfstudioScenes(DataParser):
         described = content.get("frames") or []
         if not described:
             raise InputError(f"{file} has no frames.")
-        if any("file_path" not in frame for frame in described):
+        if any(not isinstance(frame.get("file_path"), str) for frame in described):
             raise InputError(f"{file}: a frame has no `file_path`.")
-        described = sorted(described, key=lambda frame: natural_key(frame["file_path"]))
+        described = _each_once(sorted(described, key=lambda frame: natural_key(frame["file_path"])), file)
         images = [frame["file_path"] for frame in described]
-
-        def files(key: str) -> FileList:
-            folder = str(file.parent)
-            return FileList.of(os.path.join(folder, frame[key]) if key in frame else None for frame in described)
-
         return Scene(
             name=file.parent.resolve().name,
-            images=files("file_path"),
+            images=read_files(described, "file_path", file),
             order=np.arange(len(described)),
             poses=read_poses([frame.get("transform_matrix") for frame in described], file, images),
             cameras=read_cameras(content, described, file),
-            masks=files("instance_path"),
-            depths=files("depth_file_path"),
-            depth_scale=float(content.get("depth_unit_scale_factor", self.config.depth_unit_scale_factor)),
+            masks=read_files(described, "instance_path", file),
+            depths=read_files(described, "depth_file_path", file),
+            depth_scale=read_depth_unit(content, self.config.depth_unit_scale_factor, file),
         )
+
+
+def _each_once(described: list[dict[str, Any]], file: Path) -> list[dict[str, Any]]:
+    """Frames without those that stand there twice in the same words; some exports hold their test frames twice.
+
+    Raises:
+        InputError: one image has two poses.
+    """
+    known: dict[str, dict[str, Any]] = {}
+    for frame in described:
+        first = known.setdefault(os.path.normpath(frame["file_path"]), frame)
+        if first.get("transform_matrix") != frame.get("transform_matrix"):
+            raise InputError(f"{file}: {frame['file_path']} has two poses; keep one.")
+    return list(known.values())
 
 
 nerfstudio_scenes = DataParserSpecification(

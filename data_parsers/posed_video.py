@@ -36,6 +36,8 @@ from data_parsers.multi_scene import (
     find_transforms,
     places_in_capture,
     read_cameras,
+    read_depth_unit,
+    read_files,
     read_poses,
     split_scenes,
     to_outputs,
@@ -95,19 +97,15 @@ class VideoScenes(DataParser):
         video = find_video(file.parent)
         images = extract(video, self._frames_of(file.parent), sizes)
 
-        def files(key: str) -> FileList:
-            parent = str(file.parent)
-            return FileList.of(os.path.join(parent, frame[key]) if key in frame else None for frame in described)
-
         return Scene(
             name=file.parent.resolve().name,
             images=FileList.of(images),
             order=places_in_capture(np.array(numbers)),
             poses=poses,
             cameras=cameras,
-            masks=files("instance_path"),
-            depths=files("depth_file_path"),
-            depth_scale=float(content.get("depth_unit_scale_factor", self.config.depth_unit_scale_factor)),
+            masks=read_files(described, "instance_path", file),
+            depths=read_files(described, "depth_file_path", file),
+            depth_scale=read_depth_unit(content, self.config.depth_unit_scale_factor, file),
         )
 
     def _frames_of(self, scene: Path) -> Path:

@@ -169,8 +169,8 @@ class ScanNetppScenes(DataParser):
         content = read_object(file)
         described: dict[str, dict[str, Any]] = {}
         # the published tool appended the test frames to `frames`, so some files hold them twice
-        for frame in [*content.get("frames", []), *content.get("test_frames", [])]:
-            if "file_path" not in frame:
+        for frame in [*(content.get("frames") or []), *(content.get("test_frames") or [])]:
+            if not isinstance(frame.get("file_path"), str):
                 raise InputError(f"{file}: a frame has no `file_path`.")
             described.setdefault(Path(frame["file_path"]).name, frame)
         if not described:

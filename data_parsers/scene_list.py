@@ -105,16 +105,28 @@ def read_list(file: Path) -> list[Entry]:
             raise InputError(f"{place}: `{line.strip()}` is not `<layout> <path> [--option value ...]`.")
         config = _config_of(words[0], words[2:], place)
         config.data = file.parent / Path(words[1]).expanduser()
-        first = lines_of.setdefault(config.data.resolve(), number)
+        path = config.data.resolve()
+        first = lines_of.setdefault(path, number)
         if first != number:
             raise InputError(
                 f"{place}: {words[1]} was there in line {first} already; name it once, or frames that one line holds "
                 "out may be trained on by the other."
             )
+        around = [(other, entry) for other, entry in zip(lines_of, entries) if _one_in_the_other(other, path)]
+        for other, entry in around:
+            if type(entry.config) is type(config):
+                raise InputError(
+                    f"{place}: {words[1]} and line {lines_of[other]} lie one in the other; name one of them, or frames "
+                    "that one line holds out may be trained on by the other."
+                )
         entries.append(Entry(place, config))
     if not entries:
         raise InputError(f"--data {file} names no dataset: it needs a line `<layout> <path>` for each.")
     return entries
+
+
+def _one_in_the_other(first: Path, second: Path) -> bool:
+    return first in second.parents or second in first.parents
 
 
 def _config_of(layout: str, options: Sequence[str], place: str) -> DataParserConfig:

@@ -191,4 +191,5 @@ def make_masks(config: MasksConfig) -> MaskTally:
 
 def main(arguments: Sequence[str]) -> None:
     """``snd-data masks``."""
-    make_masks(tyro.cli(MasksConfig, prog="snd-data masks", args=list(arguments)))
+    flags = (tyro.conf.FlagConversionOff,)  # as in ns-train: --keep-bad-frames True
+    make_masks(tyro.cli(MasksConfig, prog="snd-data masks", args=list(arguments), config=flags))

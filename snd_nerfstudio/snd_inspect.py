@@ -299,4 +299,5 @@ def main(arguments: list[str]) -> None:
     Args:
         arguments: of the command line, after the command's name.
     """
-    tyro.cli(Inspect, args=arguments, prog="snd-data inspect").main()
+    flags = (tyro.conf.FlagConversionOff,)  # as in ns-train: --keep-bad-frames True
+    tyro.cli(Inspect, args=arguments, prog="snd-data inspect", config=flags).main()

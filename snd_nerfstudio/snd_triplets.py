@@ -421,12 +421,13 @@ class TripletDataManager(DataManager):
         follows_depth = self.mask_maker is not None and self.mask_maker.uses_depth
         with_depth = self.needs_depth or follows_depth or config.pairs == "overlap" or config.bounds == "scene"
         sides = {"training": self.train_frames, "held out": self.eval_frames}
-        return {
-            f"{side}: {kind}": value
-            for side, frames in sides.items()
-            if frames is not None
-            for kind, value in dataset_fingerprint(frames, config.masks == "stored", with_depth).items()
-        }
+        hashes: dict[str, str] = {}
+        for side, frames in sides.items():
+            kinds = {"cameras": "none"}
+            if frames is not None:
+                kinds = dataset_fingerprint(frames, config.masks == "stored", with_depth)
+            hashes |= {f"{side}: {kind}": value for kind, value in kinds.items()}
+        return hashes
 
     def check_unchanged(self, summary: dict[str, Any], file: Path) -> None:
         """Compare the dataset with that of a run that is to be resumed.

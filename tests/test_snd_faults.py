@@ -169,6 +169,21 @@ def test_a_changed_dataset_is_noticed_when_its_run_is_resumed(config, own_rooms,
     resumed.train()
 
 
+def test_depth_maps_that_come_or_go_are_noticed_when_a_run_is_resumed(config, own_rooms, mvsplat_file, tmp_path):
+    data = config.pipeline.datamanager
+    data.pairs, data.masks, data.reconstructor = "overlap", "none", "mvsplat"
+    data.reconstructor_checkpoint, config.pipeline.checked_triplets = mvsplat_file, 0
+    with_depth = config.pipeline.setup(device="cpu").datamanager
+    for scene in (own_rooms / "scenes").iterdir():
+        (scene / "depth").rename(scene / "elsewhere")
+    data.near, data.far = 0.5, 8.0
+    without = config.pipeline.setup(device="cpu").datamanager
+    for now, then in ((with_depth, without), (without, with_depth)):
+        with pytest.raises(InputError, match="has changed since the run .*other training: depth"):
+            now.check_unchanged(then.summary, tmp_path / "run" / "config.yml")
+        now.check_unchanged(now.summary, tmp_path / "run" / "config.yml")
+
+
 def test_an_unchanged_dataset_elsewhere_is_resumed(config, own_rooms, tmp_path):
     config.max_num_iterations = 2
     finish(config)

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from data_parsers.nerfstudio_scenes import NerfstudioScenesConfig
+from snd_nerfstudio import snd_inspect
 from snd_nerfstudio.errors import InputError
 from snd_nerfstudio.snd_data import COMMANDS, overview
 from snd_nerfstudio.snd_inspect import Inspect
@@ -324,3 +325,10 @@ def test_the_command_ends_with_one_sentence(capture, tmp_path):
     assert "inspect" in overview() and set(COMMANDS) >= {"inspect"}
     unknown = subprocess.run([sys.executable, "-c", program, "dance"], check=False, capture_output=True, text=True)
     assert unknown.returncode == 1 and "snd-data has no command `dance`: choose from scannetpp" in unknown.stderr
+
+
+def test_options_of_a_layout_are_spelt_as_in_training(two_rooms, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(Inspect, "main", lambda self: seen.append(self.dataparser))
+    snd_inspect.main(["--data", str(two_rooms), "scannetpp-scenes", "--keep-bad-frames", "True"])
+    assert seen[0].keep_bad_frames is True

@@ -30,13 +30,13 @@ def dataset_fingerprint(frames: Frames, with_masks: bool, with_depth: bool) -> d
         with_depth: whether its depth maps are used.
 
     Returns:
-        ``cameras``, ``images``, and where they are used ``masks`` and ``depth``.
+        ``cameras``, ``images``, and where they are used ``masks`` and ``depth``: "none" where there are none of them.
     """
     hashes = {"cameras": _of_cameras(frames), "images": _of_files(frames.image_files)}
-    if with_masks and frames.mask_files is not None:
-        hashes["masks"] = _of_files(frames.mask_files)
-    if with_depth and frames.depth_files is not None:
-        hashes["depth"] = _of_files(frames.depth_files)
+    if with_masks:
+        hashes["masks"] = "none" if frames.mask_files is None else _of_files(frames.mask_files)
+    if with_depth:
+        hashes["depth"] = "none" if frames.depth_files is None else _of_files(frames.depth_files)
     return hashes
 
 

@@ -52,6 +52,10 @@ def raise_it(error: BrokenFileError, what: str) -> None:
     raise error
 
 
+NARROWEST_FOCAL = 0.1
+"""Focal length in widths of the image below which no pinhole camera is: 157 degrees."""
+
+
 @dataclass(frozen=True)
 class Frames:
     """Every frame of every scene; arrays rather than objects, so that 100,000 frames stay small."""
@@ -164,6 +168,14 @@ def check_frames(frames: Frames, needs_masks: bool, needs_depth: bool, note: Not
     if not (np.isfinite(frames.intrinsics).all() and (focal > 0).all()):
         bad = int(np.flatnonzero(~(np.isfinite(frames.intrinsics).all(axis=(1, 2)) & (focal > 0).all(axis=1)))[0])
         raise InputError(f"Camera intrinsics of {frames.image_files[bad]} are not positive finite numbers.")
+    wide = focal[:, 0] < NARROWEST_FOCAL * frames.sizes[:, 1]
+    if wide.any():
+        bad = int(np.flatnonzero(wide)[0])
+        raise InputError(
+            f"The focal length of {frames.image_files[bad]} is {focal[bad, 0]:g}, but it has {frames.sizes[bad, 1]} "
+            "columns: intrinsics must be in pixels. If they are shares of the image, multiply them by its width and "
+            "height; undistort fisheye images to pinholes first."
+        )
     _check_files_exist(frames, needs_masks, needs_depth, note)
     _check_headers(frames, needs_masks, note)
     _check_first_frames(frames, needs_masks, needs_depth, note)

@@ -15,6 +15,7 @@ from snd_nerfstudio.scenes.triplets import (
     SceneSampler,
     TargetView,
     TripletIndex,
+    frames_by_scene,
     pick_targets,
 )
 
@@ -109,11 +110,9 @@ class OverlapSampler(SceneSampler):
         self.without_target = 0
         """Pairs within the limits that no frame is between."""
         self._scenes: list[_ScenePairs] = []
-        order = np.asarray(frame_order)
+        frames = frames_by_scene(scene_index, np.asarray(frame_order), len(self.scene_names))
         for scene in progress(range(len(self.scene_names))):
-            frames = np.flatnonzero(scene_index == scene)
-            frames = frames[np.argsort(order[frames], kind="stable")]
-            self._scenes.append(self._scene(frames, geometries))
+            self._scenes.append(self._scene(frames[scene], geometries))
         self.usable_scenes = np.array([s for s, scene in enumerate(self._scenes) if len(scene.pairs)], dtype=np.int64)
         if len(self.usable_scenes) == 0:
             raise NoTripletError(self._no_triplet_message())

@@ -37,6 +37,15 @@ class TripletIndex:
     """Further targets of the same contexts, where several are asked for."""
 
 
+def frames_by_scene(
+    scene_index: Int[np.ndarray, "frames"], frame_order: Int[np.ndarray, "frames"], scenes: int
+) -> list[Int[np.ndarray, "n"]]:
+    """Frames of each scene in the order of their capture, found in one pass over all of them."""
+    scene_index = np.asarray(scene_index)
+    frames = np.lexsort((frame_order, scene_index))
+    return np.split(frames, np.searchsorted(scene_index[frames], np.arange(1, scenes)))
+
+
 def growing_gap(step: int, initial: int, final: int, warmup_steps: int) -> int:
     """Largest gap at a step: ``initial + floor((final - initial) * step / warmup_steps)``, at most ``final``.
 
@@ -156,9 +165,7 @@ class TripletSampler(SceneSampler):
         self._frames_of_scene: list[Int[np.ndarray, "n"]] = []
         self._order = np.asarray(frame_order)
         self._pairs: list[dict[int, Int[np.ndarray, "n 2"]]] = []
-        for scene in range(len(self.scene_names)):
-            frames = np.flatnonzero(scene_index == scene)
-            frames = frames[np.argsort(self._order[frames], kind="stable")]
+        for frames in frames_by_scene(scene_index, self._order, len(self.scene_names)):
             self._frames_of_scene.append(frames)
             self._pairs.append(self._pairs_of_scene(frames, camera_to_worlds, min_gap, max_gap))
         self.usable_scenes = np.array([s for s, pairs in enumerate(self._pairs) if pairs], dtype=np.int64)

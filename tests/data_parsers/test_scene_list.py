@@ -147,6 +147,8 @@ def test_equal_names_are_told_apart_by_folders_and_then_by_numbers():
         ("nerfstudio-scenes", "line 2: `nerfstudio-scenes` is not `<layout> <path>"),
         ("nerfstudio-scenes --depth-unit-scale-factor 1", "line 2: .* is not `<layout> <path>"),
         ("nerfstudio-scenes desk", "line 2: desk was there in line 1 already"),
+        ("nerfstudio-scenes desk/part", "line 2: desk/part and line 1 lie one in the other; name one of them"),
+        ("nerfstudio-scenes .", "line 2: . and line 1 lie one in the other"),
         ("nerfstudio-scenes ./empty", "line 2: --data .*/empty: no transforms.json"),
         ("nerfstudio-scenes 'desk", "line 2: nerfstudio-scenes 'desk has an open quote"),
         ("nerfstudio-scenes empty --colour red", "line 2: nerfstudio-scenes does not take the options `--colour red`"),

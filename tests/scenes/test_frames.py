@@ -239,3 +239,12 @@ def test_a_frame_from_the_cache_is_the_frame_that_was_decoded(frames, tmp_path):
     # another calibration is another key, so that its size is compared with the file's
     with pytest.raises(InputError, match="was calibrated for"):
         load(replace(frames, sizes=frames.sizes * 2), frame_cache=cache)
+
+
+def test_intrinsics_that_are_shares_of_the_image_are_refused(frames):
+    intrinsics = frames.intrinsics.copy()
+    intrinsics[1] /= np.array([[30], [20], [1]])
+    with pytest.raises(
+        InputError, match=r"focal length of .*1\.png is 0.83.*has 30 columns: intrinsics must be in pix"
+    ):
+        check_frames(replace(frames, intrinsics=intrinsics), needs_masks=False, needs_depth=False)

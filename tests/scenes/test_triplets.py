@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 
 from snd_nerfstudio.errors import InputError
-from snd_nerfstudio.scenes.triplets import NoTripletError, TripletIndex, TripletSampler, growing_gap
+from snd_nerfstudio.scenes.triplets import (
+    NoTripletError,
+    TripletIndex,
+    TripletSampler,
+    frames_by_scene,
+    growing_gap,
+)
 
 
 def sampler(counts=(30, 20), min_gap=8, max_gap=12, order=None, positions=None, rotations=None, **settings):
@@ -220,3 +226,14 @@ def test_a_scene_that_is_too_short_is_named_or_skipped():
 def test_impossible_gaps_are_refused(low, high):
     with pytest.raises(InputError, match="min-context-gap"):
         sampler(min_gap=low, max_gap=high)
+
+
+def test_frames_of_each_scene_are_those_that_a_look_at_each_scene_finds():
+    generator = np.random.default_rng(0)
+    scene_index, order = generator.integers(0, 7, 200), generator.integers(0, 50, 200)
+    scene_index[scene_index == 4] = 5  # a scene without frames
+    found = frames_by_scene(scene_index, order, 8)
+    assert len(found) == 8
+    for scene, frames in enumerate(found):
+        expected = np.flatnonzero(scene_index == scene)
+        np.testing.assert_array_equal(frames, expected[np.argsort(order[expected], kind="stable")])
