@@ -90,7 +90,8 @@ class Report:
         lines = [total + f"{self.found} were there; {len(self.skipped_frames)} frames skipped."]
         if self.renewed:
             example = f"(the first is {self.renewed[0]})"
-            lines.append(f"Made {len(self.renewed)} scenes anew, for their download has changed since {example}")
+            changed = f"{len(self.renewed)} scenes' download has changed since they were converted"
+            lines.append(f"{changed}: their earlier frames were removed, to be made anew {example}")
         lines += [f"Skipped scene {skipped.scene}: {skipped.what}" for skipped in self.skipped_scenes]
         first: dict[str, Outcome] = {}
         for skipped in self.skipped_frames:

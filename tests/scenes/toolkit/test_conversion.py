@@ -251,7 +251,7 @@ def test_frames_of_a_scene_whose_download_has_changed_are_made_anew(copy, tmp_pa
     edit(copy / "data/room_0000" / file, change)
     report = convert_scannetpp(copy, tmp_path / "out", settings)
     assert (report.done, report.found, report.renewed) == (FRAMES, FRAMES, ["room_0000"])
-    assert "Made 1 scenes anew" in "\n".join(report.lines()) and "room_0000" in "\n".join(report.lines())
+    assert "1 scenes' download has changed" in "\n".join(report.lines()) and "room_0000" in "\n".join(report.lines())
     convert_scannetpp(copy, tmp_path / "fresh", settings)
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
     again = convert_scannetpp(copy, tmp_path / "out", settings)
