@@ -4,6 +4,7 @@ import multiprocessing
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, List, Literal, Optional, Tuple
@@ -143,6 +144,11 @@ def _outcomes(config: MasksConfig, frames: Frames, processes: int) -> Iterator[s
         except InputError:
             pool.shutdown(cancel_futures=True)
             raise
+        except BrokenProcessPool as error:
+            raise InputError(
+                "A process of snd-data masks ended, perhaps for want of memory: run the command again with fewer "
+                f"--processes than {processes}; masks that are made are kept."
+            ) from error
 
 
 def make_masks(config: MasksConfig) -> MaskTally:

@@ -1,6 +1,7 @@
 """Masks made ahead of training: all frames, once, in one process or several, and found by training."""
 
 import copy
+import os
 import shutil
 import subprocess
 import sys
@@ -102,6 +103,18 @@ def test_sam_ahead_of_training(capture, tmp_path_factory):  # noqa: F811
 def test_what_is_wrong_is_said(rooms, settings, message):
     with pytest.raises(InputError, match=message):
         make_masks(config_of(**{"data": rooms, **settings}))
+
+
+class Deadly(MasksConfig):
+    """Ends the process that receives it."""
+
+    def __reduce__(self) -> tuple:
+        return os._exit, (3,)
+
+
+def test_a_process_that_dies_is_an_error_without_a_traceback(bare_rooms):
+    with pytest.raises(InputError, match="fewer --processes than 2"):
+        make_masks(Deadly(**vars(config_of(bare_rooms, processes=2))))
 
 
 def test_the_command_lists_its_subcommands_and_refuses_others(capsys):

@@ -67,9 +67,7 @@ def read_annotated_mesh(scene: ToolkitScene) -> AnnotatedMesh:
     Raises:
         InputError: a file is missing, damaged, or of another mesh.
     """
-    for file in (scene.mesh, scene.segments, scene.annotations):
-        if not file.is_file():
-            raise InputError(f"{file} is missing; download the scene's scans.")
+    scene.scans()
     vertices, faces = _read_mesh(scene)
     segments = read_object(scene.segments).get("segIndices")
     if not isinstance(segments, list) or len(segments) != len(vertices):

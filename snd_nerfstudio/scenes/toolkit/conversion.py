@@ -10,6 +10,7 @@ scenes/<scene>/instance_segmentation/DSC01234.JPG.png   16 bit; 0 = not annotate
 scenes/<scene>/depth/DSC01234.png                       16 bit, millimetres along the optical axis; 0 = nothing seen
 scenes/<scene>/semantics/DSC01234.png                   8 or 16 bit, with --semantic-classes
 scenes/<scene>/transforms_train.json                    written when the scene is complete
+scenes/<scene>/made_from.json                           what of the download its frames were made from
 """
 
 import json
@@ -28,7 +29,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from snd_nerfstudio.errors import InputError
 from snd_nerfstudio.scenes.toolkit.annotations import MissingOpen3DError, read_annotated_mesh
+from snd_nerfstudio.scenes.toolkit.files import in_one_step, write_text
 from snd_nerfstudio.scenes.toolkit.fisheye import VALID, Undistortion
+from snd_nerfstudio.scenes.toolkit.origin import keep_only_frames_of, origin_of
 from snd_nerfstudio.scenes.toolkit.rasterizing import Geometry, MeshRasterizer, ignore_value
 from snd_nerfstudio.scenes.toolkit.tree import ToolkitFrame, ToolkitScene, find_scenes
 
@@ -76,6 +79,8 @@ class Report:
     """Frames that were there already."""
     scenes: list[str] = field(default_factory=list)
     """Scenes that are complete."""
+    renewed: list[str] = field(default_factory=list)
+    """Scenes whose earlier frames were of another download and are gone."""
     skipped_frames: list[Outcome] = field(default_factory=list)
     skipped_scenes: list[Outcome] = field(default_factory=list)
 
@@ -83,6 +88,10 @@ class Report:
         """For people: counts, scenes that were skipped, and the reasons for skipped frames with an example each."""
         total = f"{len(self.scenes)} scenes with {self.done + self.found} frames: {self.done} written now, "
         lines = [total + f"{self.found} were there; {len(self.skipped_frames)} frames skipped."]
+        if self.renewed:
+            example = f"(the first is {self.renewed[0]})"
+            changed = f"{len(self.renewed)} scenes' download has changed since they were converted"
+            lines.append(f"{changed}: their earlier frames were removed, to be made anew {example}")
         lines += [f"Skipped scene {skipped.scene}: {skipped.what}" for skipped in self.skipped_scenes]
         first: dict[str, Outcome] = {}
         for skipped in self.skipped_frames:
@@ -107,19 +116,11 @@ def frame_files(folder: Path, frame: ToolkitFrame, settings: Settings) -> dict[s
 
 
 def _save(array: np.ndarray, file: Path) -> None:
-    """Writes an image in one step, so that an interruption never leaves half of it."""
-    partial = file.with_name(f"{file.name}.partial")
     kind = "PNG" if file.suffix.lower() == ".png" else "JPEG"
     # a PNG of level 4 is a tenth larger than one of level 6, and written in half the time
     options = {"compress_level": 4} if kind == "PNG" else {"quality": 95}
-    Image.fromarray(array).save(partial, format=kind, **options)
-    os.replace(partial, file)
-
-
-def _write_text(file: Path, text: str) -> None:
-    partial = file.with_name(f"{file.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, file)
+    with in_one_step(file) as partial:
+        Image.fromarray(array).save(partial, format=kind, **options)
 
 
 class SceneConverter:
@@ -161,7 +162,7 @@ class SceneConverter:
         except InputError as error:
             return str(error)
         files = frame_files(self.folder, frame, self.settings)
-        if all(file.is_file() for file in files.values()):
+        if all(file.is_file() and file.stat().st_size > 0 for file in files.values()):
             return FOUND
         rasterizer = self.rasterizer
         try:
@@ -285,9 +286,9 @@ def _from_processes(tasks: list[_Task], processes: int, out: Path, settings: Set
         while running:
             broken = [worker for worker in workers if worker.exitcode not in (None, 0)]
             if broken:
-                raise RuntimeError(
-                    f"a process of snd-data ended with exit code {broken[0].exitcode}, perhaps for want of memory: "
-                    "run the command again with fewer --processes; what is written is kept"
+                raise InputError(
+                    f"A process of snd-data ended with exit code {broken[0].exitcode}, perhaps for want of memory: "
+                    "run the command again with fewer --processes; what is written is kept."
                 )
             try:
                 result = results.get(timeout=1.0)
@@ -327,21 +328,25 @@ def _claim(out: Path, settings: Settings) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"--out {out} is not an empty folder and has no metadata/snd_data.json. {remedy}")
     record.parent.mkdir(parents=True, exist_ok=True)
-    _write_text(record, json.dumps(settings.as_json(), indent=1) + "\n")
+    write_text(record, json.dumps(settings.as_json(), indent=1) + "\n")
 
 
 def _unwritable(out: Path, error: OSError) -> str:
     return f"--out {out} cannot be written ({error}): make room, or choose another folder; what is written stays."
 
 
-def _count(scenes: list[ToolkitScene], report: Report) -> dict[str, int]:
-    """How many frames each readable scene has; the others go into the report."""
+def _prepare(scenes: list[ToolkitScene], out: Path, report: Report) -> dict[str, int]:
+    """How many frames each readable scene has, of which none is of an older download; the others are reported."""
     counts = {}
     for scene in scenes:
         try:
-            counts[scene.name] = len(scene.read()[1])
+            frames, origin = scene.read()[1], origin_of(scene)
         except InputError as error:
             report.skipped_scenes.append(Outcome(scene.name, None, str(error)))
+            continue
+        counts[scene.name] = len(frames)
+        if keep_only_frames_of(origin, out / "scenes" / scene.name):
+            report.renewed.append(scene.name)
     return counts
 
 
@@ -349,6 +354,8 @@ def convert_scannetpp(
     root: Path, out: Path, settings: Settings, names: Optional[list[str]] = None, processes: int = 1
 ) -> Report:
     """Converts scenes; files that are there already are kept, so that an interrupted run goes on where it stopped.
+
+    Where a scene's download has changed since, its frames are removed and made anew.
 
     Args:
         root: the download, which holds `data/` and `splits/`.
@@ -358,16 +365,17 @@ def convert_scannetpp(
         processes: how many work at once; 1 for this one alone.
 
     Returns:
-        What was done, found and skipped; the same is in `metadata/skipped.json`.
+        What was done, found and skipped; what was skipped is in `metadata/skipped.json` too.
 
     Raises:
-        InputError: no such download, or `out` holds something else or cannot be written.
+        InputError: no such download, `out` holds something else or cannot be written, or a process died.
     """
     scenes = find_scenes(root, names)
     report = Report()
     try:
         _claim(out, settings)
-        counts = _count(scenes, report)
+        _write_lists(root, out, settings)
+        counts = _prepare(scenes, out, report)
         readable = [scene for scene in scenes if scene.name in counts]
         parts = max(1, -(-processes // max(len(readable), 1)))
         tasks = [_Task(scene, part, parts) for scene in readable for part in range(parts)]
@@ -377,7 +385,7 @@ def convert_scannetpp(
         else:
             source = _from_processes(tasks, min(processes, max(len(tasks), 1)), out, settings)
         _collect(source, readable, counts, out, settings, report)
-        _write_lists(root, out, settings, report)
+        _write_skipped(out, scenes, report)
     except OSError as error:
         raise InputError(_unwritable(out, error)) from error
     return report
@@ -427,16 +435,29 @@ def _complete(
         return
     folder = out / "scenes" / scene.name
     content = SceneConverter(scene, folder, settings).transforms(skipped)
-    _write_text(folder / "transforms_train.json", json.dumps(content, indent=1))
+    write_text(folder / "transforms_train.json", json.dumps(content, indent=1))
     report.scenes.append(scene.name)
 
 
-def _write_lists(root: Path, out: Path, settings: Settings, report: Report) -> None:
+def _write_lists(root: Path, out: Path, settings: Settings) -> None:
+    """Before any scene, so that an interruption leaves none without the list of those held out."""
     for name in LISTS:
         file = root / "splits" / name
         if file.is_file():
-            _write_text(out / "metadata" / name, file.read_text(encoding="utf-8"))
+            write_text(out / "metadata" / name, file.read_text(encoding="utf-8"))
     if settings.classes:
-        _write_text(out / "metadata" / "semantic_classes.txt", "".join(f"{name}\n" for name in settings.classes))
-    skipped = [vars(outcome) for outcome in [*report.skipped_scenes, *report.skipped_frames]]
-    _write_text(out / "metadata" / "skipped.json", json.dumps(skipped, indent=1) + "\n")
+        write_text(out / "metadata" / "semantic_classes.txt", "".join(f"{name}\n" for name in settings.classes))
+
+
+def _write_skipped(out: Path, scenes: list[ToolkitScene], report: Report) -> None:
+    """Replaces what is told of these scenes; what is told of others stays."""
+    file = out / "metadata" / "skipped.json"
+    try:
+        earlier = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        earlier = []
+    names = {scene.name for scene in scenes}
+    skipped = [entry for entry in earlier if entry["scene"] not in names]
+    skipped += [vars(outcome) for outcome in [*report.skipped_scenes, *report.skipped_frames]]
+    skipped.sort(key=lambda entry: (entry["scene"], entry["frame"] or ""))
+    write_text(file, json.dumps(skipped, indent=1) + "\n")

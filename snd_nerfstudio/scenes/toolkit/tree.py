@@ -83,6 +83,18 @@ class ToolkitScene:
     def annotations(self) -> Path:
         return self.folder / "scans" / "segments_anno.json"
 
+    def scans(self) -> tuple[Path, Path, Path]:
+        """Mesh, segments and annotations.
+
+        Raises:
+            InputError: one of them is missing.
+        """
+        files = (self.mesh, self.segments, self.annotations)
+        for file in files:
+            if not file.is_file():
+                raise InputError(f"{file} is missing; download the scene's scans.")
+        return files
+
     def image(self, frame: ToolkitFrame) -> Path:
         """A frame's fisheye image."""
         return self.folder / "dslr" / "resized_images" / frame.name
@@ -97,13 +109,17 @@ class ToolkitScene:
         return self.folder / "dslr" / "train_test_lists.json"
 
     def has_masks(self) -> bool:
-        """Whether something may be anonymised: there is a folder of masks, and the lists do not deny them.
+        """Whether something may be anonymised: the lists say so or, where they say nothing, there is a folder of masks.
 
         Raises:
-            InputError: train_test_lists.json is there, but is no JSON.
+            InputError: train_test_lists.json is there, but is no JSON, or tells of masks that are not there.
         """
-        listed = read_object(self.lists) if self.lists.is_file() else {}
-        return self.masks.is_dir() and bool(listed.get("has_masks", True))
+        listed = read_object(self.lists).get("has_masks") if self.lists.is_file() else None
+        if listed and not self.masks.is_dir():
+            raise InputError(
+                f"{self.masks} is missing, but {self.lists.name} says that the scene has masks; download them too."
+            )
+        return self.masks.is_dir() if listed is None else bool(listed)
 
     def read(self) -> tuple[FisheyeCamera, list[ToolkitFrame]]:
         """The camera and all frames, each once.

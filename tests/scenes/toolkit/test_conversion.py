@@ -1,6 +1,7 @@
 """Rooms in the toolkit's tree, converted, against the same rooms as the generator writes them itself."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from PIL import Image
 from snd_nerfstudio.errors import InputError
 from snd_nerfstudio.scenes.rooms import RoomsConfig, generate_rooms
 from snd_nerfstudio.scenes.rooms.furniture import CLASSES
+from snd_nerfstudio.scenes.toolkit import conversion
 from snd_nerfstudio.scenes.toolkit.conversion import Settings, convert_scannetpp
 
 pytest.importorskip("open3d", reason="Open3D's system libraries are missing", exc_type=ImportError)
@@ -185,8 +187,7 @@ def test_what_cannot_be_used_is_skipped_with_its_reason_and_the_rest_is_done(cop
 def test_a_folder_that_cannot_be_written_is_named(download, tmp_path, processes):
     convert_scannetpp(download, tmp_path / "out", Settings(28, 42), ["room_0000"])
     # a file where a folder of images would go
-    shutil.rmtree(tmp_path / "out/scenes/room_0000")
-    (tmp_path / "out/scenes/room_0000").mkdir()
+    shutil.rmtree(tmp_path / "out/scenes/room_0000/images")
     (tmp_path / "out/scenes/room_0000/images").write_text("")
     with pytest.raises(InputError, match="--out .*out cannot be written"):
         convert_scannetpp(download, tmp_path / "out", Settings(28, 42), ["room_0000"], processes)
@@ -207,11 +208,123 @@ def test_frames_that_already_hold_the_test_frames_are_written_once(copy, tmp_pat
 @pytest.mark.parametrize("told_by", ["folder", "lists"])
 def test_scenes_without_anonymisation_masks_are_shown_whole(copy, tmp_path, told_by):
     if told_by == "folder":
+        edit(copy / "data/room_0000/dslr/train_test_lists.json", lambda content: content.pop("has_masks"))
         shutil.rmtree(copy / "data/room_0000/dslr/resized_anon_masks")
     else:
         edit(copy / "data/room_0000/dslr/train_test_lists.json", lambda content: content.update(has_masks=False))
     convert_scannetpp(copy, tmp_path / "out", Settings(28, 42), ["room_0000"])
     assert (read(tmp_path / "out/scenes/room_0000/masks/DSC00010.png") == 255).all()
+
+
+def test_a_scene_without_the_masks_that_its_lists_tell_of_is_skipped(copy, tmp_path):
+    shutil.rmtree(copy / "data/room_0000/dslr/resized_anon_masks")
+    report = convert_scannetpp(copy, tmp_path / "out", Settings(28, 42))
+    assert report.scenes == ["room_0001"] and not (tmp_path / "out/scenes/room_0000").exists()
+    assert [outcome.scene for outcome in report.skipped_scenes] == ["room_0000"]
+    assert "room_0000/dslr/resized_anon_masks is missing" in report.skipped_scenes[0].what
+
+
+def move(content) -> None:
+    content["frames"][0]["transform_matrix"][0][3] += 0.5
+
+
+def widen(content) -> None:
+    content["fl_x"] *= 0.9
+
+
+def fewer_objects(content) -> None:
+    del content["segGroups"][0]
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("dslr/nerfstudio/transforms.json", move),
+        ("dslr/nerfstudio/transforms.json", widen),
+        ("scans/segments_anno.json", fewer_objects),
+        ("dslr/train_test_lists.json", lambda content: content.update(has_masks=False)),
+    ],
+)
+def test_frames_of_a_scene_whose_download_has_changed_are_made_anew(copy, tmp_path, file, change):
+    settings = Settings(28, 42)
+    convert_scannetpp(copy, tmp_path / "out", settings)
+    edit(copy / "data/room_0000" / file, change)
+    report = convert_scannetpp(copy, tmp_path / "out", settings)
+    assert (report.done, report.found, report.renewed) == (FRAMES, FRAMES, ["room_0000"])
+    assert "1 scenes' download has changed" in "\n".join(report.lines()) and "room_0000" in "\n".join(report.lines())
+    convert_scannetpp(copy, tmp_path / "fresh", settings)
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+    again = convert_scannetpp(copy, tmp_path / "out", settings)
+    assert (again.done, again.renewed) == (0, []) and "anew" not in "\n".join(again.lines())
+
+
+@pytest.mark.parametrize("file", ["scans/mesh_aligned_0.05.ply", "scans/segments.json", "dslr/resized_anon_masks"])
+def test_another_mesh_or_other_masks_are_told_by_their_time(copy, tmp_path, file):
+    convert_scannetpp(copy, tmp_path / "out", Settings(28, 42), ["room_0000"])
+    os.utime(copy / "data/room_0000" / file, (0, 0))
+    report = convert_scannetpp(copy, tmp_path / "out", Settings(28, 42), ["room_0000"])
+    assert (report.done, report.found, report.renewed) == (FRAMES, 0, ["room_0000"])
+
+
+def test_frames_that_nobody_knows_the_origin_of_are_made_anew(copy, tmp_path):
+    convert_scannetpp(copy, tmp_path / "out", Settings(28, 42), ["room_0000"])
+    (tmp_path / "out/scenes/room_0000/made_from.json").unlink()
+    assert convert_scannetpp(copy, tmp_path / "out", Settings(28, 42), ["room_0000"]).renewed == ["room_0000"]
+
+
+def test_scenes_whose_scans_are_gone_keep_their_frames(copy, tmp_path):
+    convert_scannetpp(copy, tmp_path / "out", Settings(28, 42))
+    before = contents(tmp_path / "out/scenes")
+    (copy / "data/room_0000/scans/segments.json").unlink()
+    edit(copy / "data/room_0000/dslr/nerfstudio/transforms.json", move)
+    report = convert_scannetpp(copy, tmp_path / "out", Settings(28, 42))
+    assert [outcome.scene for outcome in report.skipped_scenes] == ["room_0000"]
+    assert contents(tmp_path / "out/scenes") == before
+
+
+def test_an_empty_file_is_not_a_finished_one(download, tmp_path):
+    convert_scannetpp(download, tmp_path / "out", Settings(28, 42), ["room_0000"])
+    depth = tmp_path / "out/scenes/room_0000/depth/DSC00003.png"
+    depth.write_bytes(b"")
+    assert convert_scannetpp(download, tmp_path / "out", Settings(28, 42), ["room_0000"]).done == 1
+    assert read(depth).any()
+
+
+def test_an_interrupted_conversion_has_the_lists_already(download, tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(conversion.SceneConverter, "convert", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        convert_scannetpp(download, tmp_path / "out", SETTINGS)
+    assert (tmp_path / "out/metadata/nvs_sem_val.txt").read_text().split() == ["room_0001"]
+    assert (tmp_path / "out/metadata/semantic_classes.txt").read_text().split("\n")[:-1] == list(CLASSES)
+
+
+def test_what_was_skipped_is_kept_for_scenes_that_are_not_asked_for(copy, tmp_path):
+    for name in ("room_0000", "room_0001"):
+        (copy / "data" / name / "dslr/resized_images/DSC00001.JPG").unlink()
+        convert_scannetpp(copy, tmp_path / "out", Settings(28, 42), [name])
+    skipped = tmp_path / "out/metadata/skipped.json"
+    assert [entry["scene"] for entry in json.loads(skipped.read_text())] == ["room_0000", "room_0001"]
+    shutil.copy(
+        copy / "data/room_0000/dslr/resized_images/DSC00002.JPG",
+        copy / "data/room_0000/dslr/resized_images/DSC00001.JPG",
+    )
+    convert_scannetpp(copy, tmp_path / "out", Settings(28, 42), ["room_0000"])
+    assert [entry["scene"] for entry in json.loads(skipped.read_text())] == ["room_0001"]
+
+
+class Deadly(Settings):
+    """Ends the process that receives it."""
+
+    def __reduce__(self) -> tuple:
+        return os._exit, (3,)
+
+
+def test_a_process_that_dies_is_an_error_without_a_traceback(download, tmp_path):
+    with pytest.raises(InputError, match="exit code 3.*fewer --processes"):
+        convert_scannetpp(download, tmp_path / "out", Deadly(28, 42), processes=2)
 
 
 @pytest.mark.parametrize(
