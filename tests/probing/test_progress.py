@@ -25,6 +25,10 @@ def test_where_nobody_looks_a_line_is_written_each_minute_and_at_the_end(capsys,
 
 def test_a_terminal_shows_a_bar_that_leaves_nothing_behind(capsys, monkeypatch):
     monkeypatch.setattr(progress.sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TERM", "xterm")  # what the machine says of its own terminal does not matter
+    monkeypatch.setenv("COLUMNS", "100")
+    for name in ("TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(name, raising=False)
     with reporting() as report:
         report("Training", 1, 2)
         report("Training", 2, 2)
