@@ -64,7 +64,7 @@ class LinearProbe:
     cache: Cache = "none"
     """Compute tokens once and keep them in half precision in memory or on disk; none: run the backbone each step."""
     cache_folder: Optional[Path] = None
-    """Where tokens are kept on disk; None: in the folder of the run."""
+    """Where tokens are kept on disk; None: the folder tokens in that of the results."""
     cache_limit_gb: float = 16.0
     """Gigabytes that all cached tokens and labels may take."""
     eval_every: Optional[int] = None

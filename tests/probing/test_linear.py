@@ -11,9 +11,10 @@ from snd_nerfstudio.errors import InputError
 from snd_nerfstudio.probing import linear
 from snd_nerfstudio.probing.augmentation import rescaled_size
 from snd_nerfstudio.probing.datasets import open_dataset
+from snd_nerfstudio.probing.evaluation import evaluate
 from snd_nerfstudio.probing.examples import image_tensor, windowed
 from snd_nerfstudio.probing.features import FeatureSettings, encode
-from snd_nerfstudio.probing.linear import evaluate, run_linear
+from snd_nerfstudio.probing.linear import run_linear
 from snd_nerfstudio.probing.metrics.depth import depth_errors
 from snd_nerfstudio.probing.models import ProbeModel
 from snd_nerfstudio.probing.objectives import largest_class, make_objective
